@@ -1,0 +1,485 @@
+"""From episodes to batches of agent queries: order of an epoch, evidence under an augmentation, collation.
+
+A *query* is one input grid whose output the agent shall predict, seen under one augmentation. Queries of very different
+sizes meet in one batch as flat token sequences (one token a canvas cell, row-major, coordinates carried along), so the
+only padding is the difference in the *number* of cells, and batches are packed so that this difference is small.
+
+Nothing here reads a test output: targets enter a `Query` only where the caller passes one (training, always a
+demonstration pair).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, feedback_indices, table_weights
+from arc.tasks import Augmentation, Grid, Task, apply_dihedral, dihedral_shape, sample_augmentation
+
+MAX_SIDE = 30
+NUM_COLOURS = 10
+OUTSIDE = 10  # the "colour" of a canvas cell that is not part of the input grid
+IGNORE = -100  # a token without a target, cross_entropy's ignore_index
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# one query
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One agent query, already under its augmentation.
+
+    grid: (h_in, w_in) uint8, the input.  target: (h, w) uint8 or None.  out_size: the output rectangle that the
+    evidence predicts (or that is known, for predicting an input back).  evidence: None when there is none to give.
+    """
+
+    grid: Grid
+    target: Grid | None
+    out_size: tuple[int, int]
+    evidence: QueryEvidence | None
+    augmentation: Augmentation
+    owner: int  # index of the prompt, inside the batch, that this query is answered under
+    number: int = 0  # of the owner's test pairs, in prediction
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Rows and columns of the smallest rectangle that holds input and predicted output."""
+        return max(self.grid.shape[0], self.out_size[0]), max(self.grid.shape[1], self.out_size[1])
+
+    @property
+    def cells(self) -> int:
+        """Number of tokens of this query."""
+        rows, columns = self.canvas
+        return rows * columns
+
+
+def augment_evidence(evidence: QueryEvidence, augmentation: Augmentation) -> QueryEvidence:
+    """The evidence as it looks when task and query are seen under `augmentation`.
+
+    Evidence is computed once, on the grids as they are; its predictions turn and change colour with them. The codes of
+    class 0 ("unseen") carry no colour and stay 0.
+    """
+    table = np.arange(40, dtype=np.uint8)
+    for confidence in (1, 2, 3):
+        table[10 * confidence : 10 * confidence + 10] = 10 * confidence + np.asarray(augmentation.colours, np.uint8)
+    transposed = dihedral_shape(1, 2, augmentation.dihedral) == (2, 1)
+    codes = apply_dihedral(table[evidence.codes], augmentation.dihedral)
+    return dataclasses.replace(
+        evidence,
+        codes=np.ascontiguousarray(codes),
+        size=(int(codes.shape[-2]), int(codes.shape[-1])),
+        rule_sizes=evidence.rule_sizes[:, ::-1] if transposed else evidence.rule_sizes,
+    )
+
+
+def make_query(
+    grid: Grid, target: Grid | None, evidence: QueryEvidence, augmentation: Augmentation, owner: int, number: int = 0
+) -> Query:
+    """Query for input `grid` and its evidence, both given un-augmented."""
+    turned = augment_evidence(evidence, augmentation)
+    return Query(
+        grid=augmentation.apply(grid),
+        target=None if target is None else augmentation.apply(target),
+        out_size=turned.size,
+        evidence=turned,
+        augmentation=augmentation,
+        owner=owner,
+        number=number,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a batch of queries
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TensorBundle:
+    """A dataclass of tensors that moves as one (also what DataLoader's `pin_memory` looks for)."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        def apply(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, TensorBundle):
+                return value._map(function)
+            return [apply(part) for part in value] if isinstance(value, list) else value
+
+        return type(self)(**{field.name: apply(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+    def to(self, device: torch.device) -> Self:
+        """Copy on `device`; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Copy in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass
+class QueryBatch(TensorBundle):
+    """B queries of at most L tokens, T tables, R size rules. uint8 unless said otherwise."""
+
+    neighbours: (
+        Tensor  # (B, L, 9) input colours of the 3x3 around the token, row-major, centre at 4; OUTSIDE beyond the input
+    )
+    row: Tensor  # (B, L)
+    column: Tensor  # (B, L)
+    valid: Tensor  # (B, L) bool, False on padding
+    in_output: Tensor  # (B, L) bool, inside the output rectangle `out_size`
+    codes: Tensor  # (B, L, T) colour + 10 * confidence class, 0 where a table says nothing
+    table_stats: Tensor  # (B, T, 3) float32
+    vote_weight: Tensor  # (B, T) float32, the training-free vote's weights
+    rule_sizes: Tensor  # (B, R, 2)
+    rule_features: Tensor  # (B, R, 2) float32
+    rule_logits: Tensor  # (B, R) float32, -inf where a rule does not apply
+    in_size: Tensor  # (B, 2) int64
+    out_size: Tensor  # (B, 2) int64
+    canvas: Tensor  # (B, 2) int64
+    dihedral: Tensor  # (B,) int64
+    colours: Tensor  # (B, 10) int64, the colour permutation of the view
+    target: Tensor  # (B, L) int64, IGNORE where there is none
+    target_size: Tensor  # (B, 2) int64, 0 where there is none
+    target_grid: Tensor  # (B, 30, 30) int64, -1 outside
+    input_grid: Tensor  # (B, 30, 30) int64, -1 outside
+    owner: Tensor  # (B,) int64, which prompt of the batch answers this query
+    number: Tensor  # (B,) int64, which of its owner's test pairs this is
+    padded: bool  # whether there is any padding: without it attention needs no mask
+
+    def __len__(self) -> int:
+        return self.valid.shape[0]
+
+    def cell_counts(self) -> tuple[int, int]:
+        """(real tokens, processed tokens): their ratio is 1 - padding."""
+        return int(self.valid.sum()), self.valid.numel()
+
+
+def pad_grid(grid: Grid) -> np.ndarray:
+    """(30, 30) int64 copy of `grid`, -1 outside."""
+    padded = np.full((MAX_SIDE, MAX_SIDE), -1, np.int64)
+    padded[: grid.shape[0], : grid.shape[1]] = grid
+    return padded
+
+
+def unpad_grid(padded: np.ndarray) -> Grid:
+    """Inverse of `pad_grid`."""
+    return padded[: int((padded[:, 0] >= 0).sum()), : int((padded[0] >= 0).sum())].astype(np.uint8)
+
+
+def collate_queries(queries: Sequence[Query]) -> QueryBatch:
+    """Stack queries into one padded batch (see `QueryBatch` for shapes)."""
+    count, length = len(queries), max(query.cells for query in queries)
+    neighbours = np.full((count, length, 9), OUTSIDE, np.uint8)
+    row, column = np.zeros((2, count, length), np.uint8)
+    valid, in_output = np.zeros((2, count, length), bool)
+    codes = np.zeros((count, length, NUM_TABLES), np.uint8)
+    table_stats = np.zeros((count, NUM_TABLES, 3), np.float32)
+    rule_sizes = np.zeros((count, NUM_RULES, 2), np.uint8)
+    rule_features = np.zeros((count, NUM_RULES, 2), np.float32)
+    rule_logits = np.full((count, NUM_RULES), -np.inf, np.float32)
+    target = np.full((count, length), IGNORE, np.int64)
+    for index, query in enumerate(queries):
+        (height, width), (rows, columns), cells = query.grid.shape, query.canvas, query.cells
+        out_rows, out_columns = query.out_size
+        bordered = np.full((rows + 2, columns + 2), OUTSIDE, np.uint8)
+        bordered[1 : height + 1, 1 : width + 1] = query.grid
+        shifts = [bordered[i : i + rows, j : j + columns].reshape(-1) for i in range(3) for j in range(3)]
+        neighbours[index, :cells] = np.stack(shifts, axis=-1)
+        r, c = np.divmod(np.arange(cells), columns)
+        row[index, :cells], column[index, :cells], valid[index, :cells] = r, c, True
+        inside = (r < out_rows) & (c < out_columns)
+        in_output[index, :cells] = inside
+        if query.evidence is not None:
+            codes[index, :cells][inside] = query.evidence.codes.reshape(NUM_TABLES, -1).T
+            table_stats[index] = query.evidence.table_stats
+            rule_sizes[index] = query.evidence.rule_sizes
+            rule_features[index] = query.evidence.rule_features
+            rule_logits[index] = query.evidence.rule_logits
+        if query.target is not None:
+            both = (r < query.target.shape[0]) & (c < query.target.shape[1])
+            target[index, :cells][both] = query.target[r[both], c[both]]
+    arrays: dict[str, np.ndarray] = {
+        "neighbours": neighbours,
+        "row": row,
+        "column": column,
+        "valid": valid,
+        "in_output": in_output,
+        "codes": codes,
+        "table_stats": table_stats,
+        "vote_weight": np.stack([table_weights(stats) for stats in table_stats]).astype(np.float32),
+        "rule_sizes": rule_sizes,
+        "rule_features": rule_features,
+        "rule_logits": rule_logits,
+        "in_size": np.array([query.grid.shape for query in queries], np.int64),
+        "out_size": np.array([query.out_size for query in queries], np.int64),
+        "canvas": np.array([query.canvas for query in queries], np.int64),
+        "dihedral": np.array([query.augmentation.dihedral for query in queries], np.int64),
+        "colours": np.array([query.augmentation.colours for query in queries], np.int64),
+        "target": target,
+        "target_size": np.array([(0, 0) if q.target is None else q.target.shape for q in queries], np.int64),
+        "target_grid": np.stack([np.full((30, 30), -1) if q.target is None else pad_grid(q.target) for q in queries]),
+        "input_grid": np.stack([pad_grid(query.grid) for query in queries]),
+        "owner": np.array([query.owner for query in queries], np.int64),
+        "number": np.array([query.number for query in queries], np.int64),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return QueryBatch(**tensors, padded=not bool(valid.all()))
+
+
+def collate_in_buckets(queries: Sequence[Query]) -> list[QueryBatch]:
+    """The queries in several batches of similar size, so that no batch is more than about a quarter padding; empty list
+    for no queries. Their order is lost, `owner` says whose they are."""
+    buckets: list[list[Query]] = []
+    for query in sorted(queries, key=lambda query: query.cells):
+        if not buckets or query.cells > 1.6 * buckets[-1][0].cells + 16:
+            buckets.append([])
+        buckets[-1].append(query)
+    return [collate_queries(bucket) for bucket in buckets]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the order of an epoch: a pure function of (tasks, seed, epoch)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Task number `task` with demonstration `held_out` as the query; `index` keys its augmentations."""
+
+    task: int
+    held_out: int
+    index: int
+
+
+def all_episodes(tasks: Sequence[Task]) -> list[Episode]:
+    """Every demonstration of every task held out once; tasks with one demonstration give one episode without
+    context."""
+    keys = [(number, held_out) for number, task in enumerate(tasks) for held_out in range(len(task.train))]
+    return [Episode(task, held_out, index) for index, (task, held_out) in enumerate(keys)]
+
+
+def episode_cells(task: Task, held_out: int) -> int:
+    """Tokens that this episode is expected to need (exact when the evidence predicts the right size)."""
+    pair = task.train[held_out]
+    assert pair.output is not None
+    rows = max(pair.input.shape[0], pair.output.shape[0])
+    columns = max(pair.input.shape[1], pair.output.shape[1])
+    return rows * columns
+
+
+VIEW_CELLS = 1024  # tokens that the views of one episode take together, about: large grids get fewer views
+
+
+def views_of(cells: int, views: int) -> int:
+    """How many views an episode of `cells` tokens gets: `views`, fewer for a large grid, at least one."""
+    return max(1, min(views, VIEW_CELLS // cells))
+
+
+def epoch_batches(
+    tasks: Sequence[Task], *, seed: int, epoch: int, batch_size: int, views: int, max_cells: int
+) -> list[tuple[Episode, ...]]:
+    """The batches of one epoch: every episode once, similar sizes together, the order of batches shuffled.
+
+    A batch holds at most `batch_size` queries (`views` an episode) and at most `max_cells` padded tokens, but always
+    at least one episode. Small grids therefore come in larger batches.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0xBA7C])))
+    episodes = all_episodes(tasks)
+    generator.shuffle(episodes)
+    cells = {episode: episode_cells(tasks[episode.task], episode.held_out) for episode in episodes}
+    batches: list[tuple[Episode, ...]] = []
+    window = 32 * max(1, batch_size // views)  # sorting inside a window keeps batches varied from epoch to epoch
+    for start in range(0, len(episodes), window):
+        ordered = sorted(episodes[start : start + window], key=lambda episode: (cells[episode], episode.index))
+        batch: list[Episode] = []
+        queries = 0
+        for episode in ordered:
+            more = views_of(cells[episode], views)
+            padded = (queries + more) * cells[episode]  # sorted ascending: the newest is the longest
+            if batch and (queries + more > batch_size or padded > max_cells):
+                batches.append(tuple(batch))
+                batch, queries = [], 0
+            batch.append(episode)
+            queries += more
+        batches.append(tuple(batch))
+    order = generator.permutation(len(batches))
+    return [batches[i] for i in order]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training batches, built in DataLoader workers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainBatch(TensorBundle):
+    """G episodes with up to V views each, B queries in all, plus the context pairs that give feedback."""
+
+    context_ids: Tensor  # (G, S) int64 token ids of the context's text, right-padded
+    context_lengths: Tensor  # (G,) int64
+    task: Tensor  # (G,) int64 task number
+    query: QueryBatch  # B queries; owner says which of the G episodes
+    feedback: list[QueryBatch]  # context pairs as queries, the true query's output in none of their evidence
+    first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
+
+
+class EpisodeData(torch.utils.data.Dataset):
+    """Maps a batch of episodes to a `TrainBatch`. Runs in DataLoader workers; a pure function of its arguments.
+
+    encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py).
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        store: EvidenceStore,
+        encode: Any,
+        *,
+        seed: int,
+        views: int,
+        augment: str,
+        feedback_pairs: int,
+    ) -> None:
+        self.tasks, self.store, self.encode = tasks, store, encode
+        self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
+
+    def __getitem__(self, key: tuple[int, tuple[Episode, ...]]) -> TrainBatch:
+        epoch, episodes = key
+        texts, queries, feedback, first_view = [], [], [], []
+        for owner, episode in enumerate(episodes):
+            task = self.tasks[episode.task]
+            known, held_out = self.store.get(task), episode.held_out
+            pair = task.train[held_out]
+            first_view.append(len(queries))
+            for view in range(views_of(episode_cells(task, held_out), self.views)):
+                augmentation = sample_augmentation(self.seed, epoch, episode.index * self.views + view, self.augment)
+                queries.append(make_query(pair.input, pair.output, known.held_out(held_out), augmentation, owner))
+            for other in feedback_indices(len(task.train), held_out, self.feedback_pairs):
+                context_pair = task.train[other]
+                evidence = known.held_out(other, without=held_out)
+                feedback.append(
+                    make_query(context_pair.input, context_pair.output, evidence, Augmentation.IDENTITY, owner)
+                )
+            texts.append(self.encode(context_pairs(task, held_out)))
+        ids, lengths = pad_ids(texts)
+        return TrainBatch(
+            context_ids=ids,
+            context_lengths=lengths,
+            task=torch.tensor([episode.task for episode in episodes]),
+            query=collate_queries(queries),
+            feedback=collate_in_buckets(feedback),
+            first_view=torch.tensor(first_view),
+        )
+
+
+@dataclass
+class PredictionBatch(TensorBundle):
+    """G tasks' test inputs under V views each, B queries in batches of similar size, and the demonstration pairs that
+    give feedback."""
+
+    context_ids: Tensor  # (G, S) int64
+    context_lengths: Tensor  # (G,) int64
+    task: Tensor  # (G,) int64 position in the list of tasks that is being predicted
+    query: list[QueryBatch]  # owner says which of the G tasks, `number` which of its test pairs
+    feedback: list[QueryBatch]
+
+
+class PredictionData(torch.utils.data.Dataset):
+    """Maps a tuple of task positions to a `PredictionBatch`. It never touches a test output."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        store: EvidenceStore,
+        encode: Any,
+        *,
+        views: Sequence[Augmentation],
+        feedback_pairs: int,
+    ) -> None:
+        self.tasks, self.store, self.encode = tasks, store, encode
+        self.views, self.feedback_pairs = views, feedback_pairs
+
+    def __getitem__(self, positions: tuple[int, ...]) -> PredictionBatch:
+        texts, queries, feedback = [], [], []
+        for owner, position in enumerate(positions):
+            task = self.tasks[position]
+            known = self.store.get(task)
+            for number, pair in enumerate(task.test):
+                evidence = known.test(number)
+                queries += [make_query(pair.input, None, evidence, view, owner, number) for view in self.views]
+            for other in feedback_indices(len(task.train), None, self.feedback_pairs):
+                context_pair = task.train[other]
+                feedback.append(
+                    make_query(
+                        context_pair.input, context_pair.output, known.held_out(other), Augmentation.IDENTITY, owner
+                    )
+                )
+            texts.append(self.encode(context_pairs(task)))
+        ids, lengths = pad_ids(texts)
+        return PredictionBatch(
+            context_ids=ids,
+            context_lengths=lengths,
+            task=torch.tensor(positions),
+            query=collate_in_buckets(queries),
+            feedback=collate_in_buckets(feedback),
+        )
+
+
+def prediction_order(tasks: Sequence[Task], *, views: int, max_cells: int) -> list[tuple[int, ...]]:
+    """Positions of tasks in batches of similar size, at most about `max_cells` tokens each. Sizes are judged by test
+    inputs and demonstration pairs alone."""
+
+    def cells(task: Task) -> int:
+        grids = [pair.input for pair in task.test] + [p.output for p in task.train if p.output is not None]
+        return max(grid.shape[0] for grid in grids) * max(grid.shape[1] for grid in grids)
+
+    batches: list[tuple[int, ...]] = []
+    batch: list[int] = []
+    used = 0
+    for position in sorted(range(len(tasks)), key=lambda i: (cells(tasks[i]), i)):
+        need = cells(tasks[position]) * len(tasks[position].test) * views
+        if batch and used + need > max_cells:
+            batches.append(tuple(batch))
+            batch, used = [], 0
+        batch.append(position)
+        used += need
+    if batch:
+        batches.append(tuple(batch))
+    return batches
+
+
+def context_pairs(task: Task, held_out: int | None = None) -> list[tuple[Grid, Grid]]:
+    """(input, output) of the demonstrations that Qwen reads: all, or all but the one that is the query."""
+    pairs = [pair for number, pair in enumerate(task.train) if number != held_out]
+    return [(pair.input, pair.output) for pair in pairs if pair.output is not None]
+
+
+def pad_ids(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids of several texts -> ((G, S) int64 right-padded with 0, (G,) lengths)."""
+    lengths = torch.tensor([len(text) for text in texts])
+    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long)
+    for index, text in enumerate(texts):
+        ids[index, : len(text)] = torch.as_tensor(text, dtype=torch.long)
+    return ids, lengths
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Yields (epoch, batch) keys of one epoch from batch `start` on: how a resumed run enters in mid-epoch."""
+
+    def __init__(self, batches: Sequence[tuple[Episode, ...]], epoch: int, start: int = 0) -> None:
+        self.batches, self.epoch, self.start = batches, epoch, start
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[Episode, ...]]]:
+        for batch in self.batches[self.start :]:
+            yield self.epoch, batch
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start

@@ -1,0 +1,71 @@
+"""Which device and which precision a run uses, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype of autocast (None: off), whether the loss is scaled (fp16 only), and the reason in a few words."""
+
+    dtype: torch.dtype | None
+    scale_loss: bool
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.dtype]
+
+
+def resolve_device(choice: str) -> torch.device:
+    """The device for --device auto|cpu|cuda|mps. ValueError, one line, if this machine does not have it."""
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    if choice == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    if choice == "cuda" and not cuda:
+        built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no usable GPU"
+        raise ValueError(f"--device cuda: {built}; use --device cpu, or --device auto to take what is there")
+    if choice == "mps" and not mps:
+        raise ValueError("--device mps: no Apple GPU here; use --device cpu, or --device auto to take what is there")
+    return torch.device(choice)
+
+
+def resolve_precision(choice: str, device: torch.device) -> Precision:
+    """The precision for --amp auto|bf16|fp16|off on `device`.
+
+    auto: bf16 where the hardware computes it natively, else fp16 with a scaled loss on CUDA, else off. fp16 has a
+    narrow range (largest 65504), which is why its loss is scaled; bf16 has fp32's range and needs no scaling.
+    """
+    if choice == "off":
+        return Precision(None, False, "asked for")
+    if choice == "bf16":
+        return Precision(torch.bfloat16, False, "asked for")
+    if choice == "fp16":
+        return Precision(torch.float16, True, "asked for; loss scaled")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(torch.bfloat16, False, "the GPU computes it natively")
+        return Precision(torch.float16, True, "the GPU has no native bf16; loss scaled")
+    if device.type == "cpu":
+        if cpu_has_native_bf16():
+            return Precision(torch.bfloat16, False, "the processor computes it natively")
+        return Precision(None, False, "the processor has no native bf16")
+    return Precision(None, False, f"not used on {device.type}")
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether matrix products in bf16 are native here (AVX512-BF16 or AMX); emulated ones are slower than fp32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        found = capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,88 @@
+"""Expected free energy of a prediction: the supervised part of the loss, as named terms.
+
+Active inference scores a policy by risk + ambiguity - information gain (Friston et al. 2015, "Active inference and
+epistemic value"; Parr, Pezzulo & Friston 2022, eq. 4.7-4.10). Here the preferred outcome is the target grid;
+information gain has no counterpart in a trainer that sees the outcome, and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TERMS = ("risk", "ambiguity", "size", "reversibility", "prompt")
+
+
+@dataclass(frozen=True)
+class EfeWeights:
+    """Weight of each term in `total`; `size` is multiplied by the curriculum's weight on top (fix 4)."""
+
+    risk: float = 1.0
+    ambiguity: float = 0.01
+    size: float = 0.1
+    reversibility: float = 0.05
+    prompt: float = 0.01
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, cell_weight: Tensor) -> Tensor:
+    """Mean over grids of sum_cells(w * CE) / sum_cells(w).
+
+    logits (B, L, 10), target (B, L) with negatives where there is nothing to predict, cell_weight (B, L) >= 0. A grid
+    without a target cell, or with no weight at all, counts 0 (never NaN).
+    """
+    wanted = target >= 0
+    loss = F.cross_entropy(logits.float().flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
+    weight = cell_weight * wanted
+    per_grid = (loss.view_as(weight) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
+    return per_grid.mean()
+
+
+def risk(colour_logits: Sequence[Tensor], target: Tensor, cell_weight: Tensor) -> Tensor:
+    """Cross-entropy of the predicted grid against the preferred outcome, on output cells only, averaged over the
+    agent's passes (each pass is supervised). Equals KL[target || prediction] since the target is a point mass."""
+    return torch.stack([weighted_cross_entropy(logits, target, cell_weight) for logits in colour_logits]).mean()
+
+
+def ambiguity(logits: Tensor, target: Tensor) -> Tensor:
+    """Expected entropy H[p(cell)] in nats over the output cells of logits (B, L, 10)."""
+    wanted = (target >= 0).float()
+    log_p = F.log_softmax(logits.float(), -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return (entropy * wanted).sum() / wanted.sum().clamp(min=1)
+
+
+def size_loss(size_logits: Tensor, target_size: Tensor) -> Tensor:
+    """Cross-entropy of heights plus widths; size_logits (B, 2, 30), target_size (B, 2) in 1..30."""
+    return F.cross_entropy(size_logits.float().flatten(0, 1), target_size.flatten() - 1) * 2
+
+
+def prompt_consistency(prompts: Tensor, task: Tensor, *, reversed_sign: bool = False) -> Tensor:
+    """Keeps prompts of one task together and those of different tasks apart, as a loss in [0, 2].
+
+    prompts (N, K, D), task (N,). Together: mean of 1 - cos over pairs of the same task, 0 when identical. Apart: mean
+    of relu(cos) over pairs of different tasks: orthogonal is far enough. reversed_sign=True is the seed's old, wrong
+    term (fix 6, for --ablate 6): it *adds* the cosine of prompts of one task, which is smallest when they are opposite.
+    """
+    if len(prompts) < 2:
+        return prompts.new_zeros(())
+    unit = F.normalize(prompts.float().flatten(1), dim=-1)
+    cosine = unit @ unit.T
+    same = task[:, None] == task[None, :]
+    other = ~same
+    same = same & ~torch.eye(len(task), dtype=torch.bool, device=task.device)
+    together = cosine if reversed_sign else 1 - cosine
+    together = (together * same).sum() / same.sum().clamp(min=1)
+    apart = (F.relu(cosine) * other).sum() / other.sum().clamp(min=1)
+    return together + apart
+
+
+def combine(terms: Mapping[str, Tensor], weights: EfeWeights, size_weight: float) -> dict[str, Tensor]:
+    """The terms with their weighted sum under "total". size_weight: the curriculum's weight of the size term."""
+    total = torch.stack(
+        [getattr(weights, name) * (size_weight if name == "size" else 1.0) * terms[name] for name in TERMS]
+    ).sum()
+    return {**terms, "total": total}

@@ -1,0 +1,173 @@
+"""Parameter groups, learning-rate schedule, clipping, the guarded optimizer step and the moving average of the
+weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def learning_rate_factor(step: int, progress: float, *, warmup_steps: int = 50, decay_share: float = 0.7) -> float:
+    """Multiplier of every learning rate: linear warm-up over `warmup_steps`, then 1, then linear to 0.02 over the last
+    `decay_share` of the run. step counts optimizer steps; progress in [0, 1] is the share of the run that is over."""
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    left = (1.0 - min(max(progress, 0.0), 1.0)) / decay_share
+    return warm * max(0.02, min(1.0, left))
+
+
+class JointOptimizer:
+    """Named parameter groups under two library optimizers that step, or skip, together.
+
+    AdamW takes every parameter; with `muon`, the weight matrices inside the agent's blocks go to `torch.optim.Muon`
+    (Jordan et al. 2024) instead, its rate matched to AdamW's by root mean square. Each named module (agent, qwen,
+    policy, ...) keeps its own learning rate and its own clipping. A trainable parameter in no group, in two, or a
+    group without any, is a ValueError at build time.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        rates: Mapping[str, float],
+        *,
+        muon: bool = True,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+    ) -> None:
+        if set(modules) != set(rates):
+            raise ValueError(f"groups {sorted(modules)} need a learning rate each, got {sorted(rates)}")
+        self.groups: dict[str, list[nn.Parameter]] = {}
+        adam_groups: list[dict[str, Any]] = []
+        muon_groups: list[dict[str, Any]] = []
+        owner: dict[int, str] = {}
+        for name, module in modules.items():
+            trainable = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+            if not trainable:
+                raise ValueError(f"parameter group {name!r} has no trainable parameter")
+            for key, parameter in trainable:
+                if id(parameter) in owner:
+                    raise ValueError(f"parameter {name}.{key} is also in group {owner[id(parameter)]!r}")
+                owner[id(parameter)] = name
+            self.groups[name] = [p for _, p in trainable]
+            matrices = [p for key, p in trainable if muon and is_block_matrix(name, key, p)]
+            chosen = {id(p) for p in matrices}
+            # Decay only what is a matrix: gains, biases and embeddings of positions have no reason to shrink.
+            plain = [p for _, p in trainable if id(p) not in chosen and p.ndim >= 2]
+            vectors = [p for _, p in trainable if id(p) not in chosen and p.ndim < 2]
+            rate = rates[name]
+            if matrices:
+                muon_groups.append({"params": matrices, "lr": rate, "base_lr": rate, "name": name})
+            for params, decay in ((plain, weight_decay), (vectors, 0.0)):
+                if params:
+                    adam_groups.append(
+                        {"params": params, "lr": rate, "base_lr": rate, "name": name, "weight_decay": decay}
+                    )
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(adam_groups, betas=betas)}
+        if muon_groups:
+            self.optimizers["muon"] = torch.optim.Muon(
+                muon_groups, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+
+    def set_rates(self, factor: float) -> dict[str, float]:
+        """Multiply every group's base rate by `factor`; returns the rate of each named group."""
+        rates = {}
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+                rates[group["name"]] = group["lr"]
+        return rates
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def unscale_(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide the gradients by the loss scale (nothing to do when the scaler is disabled)."""
+        for optimizer in self.optimizers.values():
+            scaler.unscale_(optimizer)
+
+    def clip(self, max_norm: float) -> dict[str, float]:
+        """Clip each named group to `max_norm` by its own global norm (0 or less: do not clip). Returns the norms
+        before."""
+        limit = max_norm if max_norm > 0 else math.inf
+        return {name: float(nn.utils.clip_grad_norm_(params, limit)) for name, params in self.groups.items()}
+
+    def step(self, scaler: torch.amp.GradScaler, *, finite: bool) -> bool:
+        """One update of all optimizers, or of none if the gradients are not finite. Returns whether it was made.
+
+        GradScaler decides for each optimizer by itself, so an inf in Qwen alone would still move the agent; therefore
+        the caller's verdict over all groups holds for all. `update` lowers the loss scale after an inf in any of them.
+        """
+        if finite:
+            for optimizer in self.optimizers.values():
+                scaler.step(optimizer)
+        scaler.update()
+        return finite
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != set(self.optimizers):
+            raise ValueError(f"checkpoint has optimizers {sorted(state)}, this run has {sorted(self.optimizers)}")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(dict(state[name]))
+
+
+def is_block_matrix(group: str, key: str, parameter: Tensor) -> bool:
+    """Whether Muon takes this parameter: the matrices of the agent's blocks, not its modulation, embeddings or
+    heads."""
+    return group == "agent" and key.startswith("blocks.") and parameter.ndim == 2 and "modulation" not in key
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable weights, used for evaluation; the raw weights stay for resuming.
+
+    The decay is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not held at its start.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.live = {
+            f"{name}.{key}": parameter
+            for name, module in modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.average = {key: parameter.detach().clone() for key, parameter in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the current weights in."""
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.live.values()], rate)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the modules hold the averaged weights; afterwards the raw ones again, whatever happens."""
+        raw = {key: parameter.detach().clone() for key, parameter in self.live.items()}
+        try:
+            self._copy(self.average)
+            yield
+        finally:
+            self._copy(raw)
+
+    @torch.no_grad()
+    def _copy(self, source: Mapping[str, Tensor]) -> None:
+        for key, parameter in self.live.items():
+            parameter.copy_(source[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state["average"]) != set(self.average):
+            raise ValueError("the checkpoint's averaged weights belong to another model")
+        self.updates = int(state["updates"])
+        for key, value in state["average"].items():
+            self.average[key].copy_(value)

@@ -1,0 +1,74 @@
+"""The run's records: log lines on stdout and in train.log, numbers in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+class RunLog:
+    """Writes log lines to stdout (around progress bars, not through them) and to train.log, and rows to metrics.jsonl.
+
+    Lines logged before `open` are kept and written to train.log once the run's folder exists, so that nothing is
+    written anywhere while the arguments are still being checked.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.folder: Path | None = None
+        self.early: list[str] = []
+        self.rows = 0  # rows in metrics.jsonl; goes into every checkpoint
+
+    def open(self, folder: Path, *, rows: int) -> None:
+        """Start writing in `folder`. rows: how many rows metrics.jsonl had when the checkpoint was made (0: a new run);
+        later ones are dropped, since what they record is run again."""
+        self.folder = folder
+        for line in self.early:
+            self._append("train.log", line)
+        self.early.clear()
+        self._truncate_metrics(rows)
+        self.rows = rows
+
+    def __call__(self, line: str = "", *, error: bool = False) -> None:
+        """Log one line (or several, separated by newlines)."""
+        if error:
+            tqdm.write(line, file=sys.stderr)
+        elif not self.quiet:
+            tqdm.write(line, file=sys.stdout)
+        if self.folder is None:
+            self.early.append(line)
+        else:
+            self._append("train.log", line)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl in a single write. Non-finite numbers become null (strict JSON)."""
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
+        self._append("metrics.jsonl", json.dumps(clean, allow_nan=False))
+        self.rows += 1
+
+    def _append(self, name: str, line: str) -> None:
+        assert self.folder is not None
+        # One write of one line on an O_APPEND descriptor: a kill leaves whole lines, at worst one torn at the very end.
+        descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, (line + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+    def _truncate_metrics(self, rows: int) -> None:
+        """Keep the first `rows` rows; replaces the file atomically."""
+        assert self.folder is not None
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = path.read_bytes().splitlines(keepends=True)[:rows]
+        temporary = path.with_name(f".metrics-{os.getpid()}.tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)

@@ -1,0 +1,256 @@
+"""The prompt policy and what it is paid for.
+
+Signs are decided here and nowhere else: every delta is *after - before*, a reward is better when higher, and the
+training loss negates it once (`0.7 * efe + 0.3 * (-reward_objective)`).
+
+Grids are (B, 30, 30) integer tensors holding -1 outside the grid, so a grid carries its own size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REWARD_WEIGHTS = {"d_acc": 1.0, "d_size": 0.5, "d_color": 0.5, "d_rev": 0.5}
+NUM_COLOURS = 10
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# goal metrics, all in [0, 1], defined for any two sizes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prediction:
+    """grid (B, 30, 30): the predicted output; reverse (B, 30, 30): the input predicted back from it."""
+
+    grid: Tensor
+    reverse: Tensor
+
+
+def grid_size(grid: Tensor) -> Tensor:
+    """(B, 2) int64 height and width of (B, 30, 30) grids; (0, 0) for an empty one."""
+    present = grid >= 0
+    return torch.stack((present.any(2).sum(1), present.any(1).sum(1)), dim=-1)
+
+
+def union_cells(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) cells of the union of the rectangles of `a` and `b`, both anchored at the top left corner; at least 1."""
+    return ((a >= 0) | (b >= 0)).flatten(1).sum(1).clamp(min=1)
+
+
+def cell_accuracy(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B,) in [0, 1]: matching cells on the overlap / cells of the union of the rectangles; a wrong size always
+    costs."""
+    matching = ((prediction == target) & (target >= 0)).flatten(1).sum(1)
+    return matching / union_cells(prediction, target)
+
+
+def size_agreement(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B,) in [0, 1]: intersection over union of the rectangles."""
+    overlap = ((prediction >= 0) & (target >= 0)).flatten(1).sum(1)
+    return overlap / union_cells(prediction, target)
+
+
+def colour_histogram(grid: Tensor) -> Tensor:
+    """(B, 10) share of each colour; all zero for an empty grid."""
+    counts = F.one_hot(grid.clamp(min=0).long(), NUM_COLOURS) * (grid >= 0)[..., None]
+    counts = counts.flatten(1, 2).sum(1).float()
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def colour_agreement(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B,) in [0, 1]: 1 - half the L1 distance of the normalised colour histograms."""
+    return 1 - 0.5 * (colour_histogram(prediction) - colour_histogram(target)).abs().sum(1)
+
+
+def exact_match(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B,) bool: same size and same cells."""
+    return (prediction == target).flatten(1).all(1)
+
+
+def compute_reward(
+    pred_before: Prediction, pred_after: Prediction, target: Tensor, inp: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hard reward of a refinement, the printed `Reward`: 1.0 d_acc + 0.5 d_size + 0.5 d_color + 0.5 d_rev.
+
+    target, inp: (B, 30, 30). Every delta is after - before of a metric in [0, 1] (module's definitions; rev is the cell
+    accuracy of the input predicted back), so the reward lies in [-2.5, 2.5] and is exactly 0 for identical predictions.
+    Returns (B,) float32 and the four (B,) deltas by name. Constant to autograd: it comes from argmax predictions.
+    """
+    breakdown = {
+        "d_acc": cell_accuracy(pred_after.grid, target) - cell_accuracy(pred_before.grid, target),
+        "d_size": size_agreement(pred_after.grid, target) - size_agreement(pred_before.grid, target),
+        "d_color": colour_agreement(pred_after.grid, target) - colour_agreement(pred_before.grid, target),
+        "d_rev": cell_accuracy(pred_after.reverse, inp) - cell_accuracy(pred_before.reverse, inp),
+    }
+    reward = torch.stack([REWARD_WEIGHTS[name] * delta for name, delta in breakdown.items()]).sum(0)
+    return reward, breakdown
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the differentiable counterpart
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SoftPrediction:
+    """What the expected reward needs of an agent's output for B queries of L tokens.
+
+    colour (B, L, 10) and size (B, 2, 30): log-probabilities. inside (B, L) bool: token is part of the predicted grid.
+    target (B, L) int64, negative where a token is outside the target; target_size (B, 2). area (B,): cells of the
+    predicted grid.
+    """
+
+    colour: Tensor
+    size: Tensor
+    inside: Tensor
+    target: Tensor
+    target_size: Tensor
+    area: Tensor
+
+
+def expected_goal(prediction: SoftPrediction, target_histogram: Tensor) -> Tensor:
+    """(B,) expected 1.0 acc + 0.5 size + 0.5 color under the agent's predictive distribution; differentiable.
+
+    - acc: E[matching cells] = sum over cells on the overlap of p(target colour), by linearity of expectation, divided
+    by the union of the rectangles at the predicted (most probable) size.
+    - size: sum over heights and widths of P(h) P(w) IoU((h, w), target size).
+    - color: 1 - half the L1 distance of the *expected* colour histogram from the target's (an upper bound of the
+    expected agreement, by Jensen's inequality).
+    The reversibility of the hard reward has no cheap expectation (it needs the agent run on a sampled grid) and is
+    trained by the efe's own reversibility term. target_histogram: (B, 10).
+    """
+    overlap = prediction.inside & (prediction.target >= 0)
+    probability = prediction.colour.exp()
+    hit = probability.gather(-1, prediction.target.clamp(min=0)[..., None])[..., 0]
+    target_area = prediction.target_size.prod(1)
+    union = (prediction.area + target_area - overlap.sum(1)).clamp(min=1)
+    accuracy = (hit * overlap).sum(1) / union
+
+    sides = torch.arange(1, prediction.size.shape[-1] + 1, device=hit.device)
+    smaller = torch.minimum(sides, prediction.target_size[..., None])  # (B, 2, 30)
+    intersection = smaller[:, 0, :, None] * smaller[:, 1, None, :]  # (B, 30, 30)
+    area = sides[:, None] * sides[None, :] + target_area[:, None, None] - intersection
+    chance = prediction.size.exp()
+    size = torch.einsum("bh,bw,bhw->b", chance[:, 0], chance[:, 1], intersection / area)
+
+    histogram = (probability * prediction.inside[..., None]).sum(1) / prediction.area.clamp(min=1)[:, None]
+    colour = 1 - 0.5 * (histogram - target_histogram).abs().sum(1)
+    return REWARD_WEIGHTS["d_acc"] * accuracy + REWARD_WEIGHTS["d_size"] * size + REWARD_WEIGHTS["d_color"] * colour
+
+
+def expected_reward(before: SoftPrediction, after: SoftPrediction, target: Tensor) -> Tensor:
+    """(B,) expected goal after - before, the `reward_objective` of `--policy_objective expected`.
+
+    "before" is detached: otherwise the agent gains by weakening the prediction it starts from. target: (B, 30, 30).
+    """
+    histogram = colour_histogram(target)
+    return expected_goal(after, histogram) - expected_goal(before, histogram).detach()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the policy
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Feedback:
+    """How the agent does on the context pairs under the unrefined prompt; known at test time too.
+
+    gradient (G, K, D): of the mean context loss with respect to the prompt. loss, accuracy, exact: (G,) means over the
+    context pairs; pairs (G,): how many there were (0: everything else is 0 too).
+    """
+
+    gradient: Tensor
+    loss: Tensor
+    accuracy: Tensor
+    exact: Tensor
+    pairs: Tensor
+
+
+@dataclass
+class Action:
+    """prompt (G, K, D): the refined prompt. code (G, A): the low-dimensional action taken. log_prob (G,): its
+    log-density, differentiable with respect to the policy, the code itself held fixed."""
+
+    prompt: Tensor
+    code: Tensor
+    log_prob: Tensor
+
+
+class PromptPolicy(nn.Module):
+    """Gaussian policy over a low-dimensional prompt change, on top of a learned gradient step.
+
+    delta = -step * g + U z,  z ~ Normal(mu(feedback, prompt), sigma).
+    g is the feedback's gradient divided by a running root mean square and clipped; step is learned per prompt vector; U
+    (A directions of the whole prompt) and mu are learned, mu starting at zero. The gradient step is what feedback-free
+    refinement lacks (LPN, arXiv:2411.08706: gradient search 15.5 %, random search 10.75 %); few dimensions are what a
+    score function can learn in a short run.
+    """
+
+    def __init__(self, prompt_len: int, prompt_dim: int, *, action_dim: int = 16, hidden: int = 128) -> None:
+        super().__init__()
+        features = 2 * prompt_len * prompt_dim + 4
+        self.trunk = nn.Sequential(nn.Linear(features, hidden), nn.SiLU())
+        self.mean = nn.Linear(hidden, action_dim)
+        nn.init.zeros_(self.mean.weight)
+        nn.init.zeros_(self.mean.bias)
+        self.log_std = nn.Parameter(torch.full((action_dim,), -1.5))
+        self.directions = nn.Parameter(torch.randn(action_dim, prompt_len, prompt_dim) * action_dim**-0.5 * 0.5)
+        self.log_step = nn.Parameter(torch.full((prompt_len, 1), -2.5))
+        self.register_buffer("gradient_square", torch.zeros(()))  # running mean square of the feedback's gradient
+        self.gradient_square: Tensor
+
+    def refine_prompt(
+        self, prompt: Tensor, feedback: Feedback, *, noise: Tensor | None = None, observe: bool | None = None
+    ) -> Action:
+        """Refined prompts of prompt (G, K, D). noise (G, A), standard normal: sample the action; None: take the mean.
+        observe: whether this feedback enters the running scale of the gradient (by default: while training).
+
+        The code is reparameterised (mu + sigma * noise), so gradient reaches mu and sigma through the refined prompt;
+        `log_prob` treats it as fixed, which is what a score function needs (a reparameterised sample's log-density has
+        no gradient for mu).
+        """
+        seen = (feedback.pairs > 0)[:, None, None]
+        if self.training if observe is None else observe:
+            self.observe(feedback)
+        gradient = feedback.gradient / (self.gradient_square.sqrt() + 1e-12)
+        gradient = torch.where(seen, gradient.clamp(-3, 3), torch.zeros_like(gradient))
+        state = torch.stack((feedback.loss, feedback.accuracy, feedback.exact, feedback.pairs.clamp(max=4) / 4), -1)
+        features = torch.cat((F.rms_norm(prompt.float(), prompt.shape[-1:]).flatten(1), gradient.flatten(1), state), -1)
+        mean = self.mean(self.trunk(features)).float()
+        std = self.log_std.clamp(-5, 0).exp()
+        code = mean if noise is None else mean + std * noise
+        density = torch.distributions.Normal(mean, std.expand_as(mean))
+        delta = torch.einsum("ga,akd->gkd", code, self.directions) - self.log_step.exp() * gradient
+        return Action(prompt + delta, code, density.log_prob(code.detach()).sum(-1))
+
+    @torch.no_grad()
+    def observe(self, feedback: Feedback) -> None:
+        """Update the running mean square of the gradient (decay 0.99; the first observation is taken whole)."""
+        if not bool((feedback.pairs > 0).any()):
+            return
+        square = feedback.gradient[feedback.pairs > 0].square().mean()
+        if bool(torch.isfinite(square)):
+            decay = 0.99 if float(self.gradient_square) > 0 else 0.0
+            self.gradient_square.mul_(decay).add_((1 - decay) * square)
+
+
+def leave_one_out_advantages(rewards: Tensor) -> Tensor:
+    """(S, G) rewards of S >= 2 sampled actions -> advantages A_i = r_i - mean of the others' (RLOO, unbiased: Kool et
+    al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!")."""
+    samples = rewards.shape[0]
+    if samples < 2:
+        raise ValueError(f"leave-one-out advantages need at least 2 samples, got {samples}")
+    return (rewards - rewards.mean(0, keepdim=True)) * samples / (samples - 1)
+
+
+def score_function_objective(rewards: Tensor, log_probs: Tensor) -> Tensor:
+    """Scalar to be maximised: mean of advantage * log-probability, both (S, G); its gradient with respect to the
+    policy is an unbiased estimate of the gradient of the expected reward (REINFORCE, Williams 1992, with the RLOO
+    baseline)."""
+    return (leave_one_out_advantages(rewards).detach() * log_probs).mean()
