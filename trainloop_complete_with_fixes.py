@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,10 +21,10 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +49,12 @@ from arc.batches import (
 )
 from arc.device import Precision, resolve_device, resolve_precision
 from arc.efe import EfeWeights
-from arc.evaluate import PairResult, SplitScore, paired_delta, score_split, two_attempts, vote, write_submission
-from arc.evaluate import cell_accuracy as grid_cell_accuracy
+from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
+from arc.flags import Arguments, cannot_write, default_cache
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
+from arc.predict import PairPrediction, SplitReport, TwoPasses, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen
 from arc.runlog import RunLog
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
@@ -83,76 +85,13 @@ ABLATION = {
     6: "consistency with the old sign",
     7: "no mixed precision, no loss scaling, no clipping",
 }
-# Flags that a resumed run may change: they do not enter the maths of a training step.
-HARMLESS = {
-    "epochs",
-    "device",
-    "output_dir",
-    "resume",
-    "save_every",
-    "keep",
-    "backup_dir",
-    "backup_quota_gb",
-    "eval_only",
-    "strict",
-    "quiet",
-    "time_budget",
-    "log_every",
-    "val_every",
-    "val_views",
-    "val_limit",
-    "workers",
-    "cache_dir",
-    "threads",
-}
-
-
-class Arguments(argparse.ArgumentParser):
-    """An argparse parser that collects problems instead of leaving at the first, and reports them in one line."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            prog="trainloop_complete_with_fixes.py",
-            description=(__doc__ or "").split("\n\n")[0],
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        self.problems: list[str] = []
-
-    def error(self, message: str) -> NoReturn:
-        self.problems.append(message)
-        self.report()
-
-    def report(self) -> NoReturn:
-        """One line on stderr, exit code 2."""
-        self.exit(2, f"error: {'; '.join(self.problems)}\n")
-
-    def number(self, kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-        """An argparse type: a number in [low, high] (above: in (low, high]); problems are collected."""
-        bound = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
-
-        def parse(text: str) -> Any:
-            try:
-                value = kind(text)
-                good = math.isfinite(value) and (value > low if above else value >= low) and value <= high
-            except (ValueError, OverflowError):
-                good = False
-            if not good:
-                raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}")
-            return value
-
-        return parse
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # The one place all values pass on their way in; a bad one becomes a problem and the default stands in for it.
-        try:
-            return super()._get_values(action, arg_strings)
-        except argparse.ArgumentError as problem:
-            reason = problem.message
-            if action.choices is not None:
-                reason = f"{arg_strings[0]!r} is none of {', '.join(map(str, action.choices))}"
-            self.problems.append(f"{'/'.join(action.option_strings)}: {reason}")
-            return action.default
+# What a resumed run takes from its own command line only: where it runs and how this command behaves.
+OF_THE_COMMAND = {
+    "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
+    "backup_dir", "backup_quota_gb",
+}  # fmt: skip
+# What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
+HARMLESS = OF_THE_COMMAND | {"epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit"}
 
 
 def ablation_list(text: str) -> tuple[int, ...]:
@@ -168,7 +107,7 @@ def ablation_list(text: str) -> tuple[int, ...]:
 
 def build_parser() -> Arguments:
     """Every flag, in groups; the names are part of the product."""
-    parser = Arguments()
+    parser = Arguments((__doc__ or "").split("\n\n")[0])
     number = parser.number
     g = parser.add_argument_group("run")
     g.add_argument("--epochs", type=number(int, 1), default=20, help="passes over all episodes")
@@ -286,13 +225,6 @@ def build_parser() -> Arguments:
     return parser
 
 
-def default_cache() -> str:
-    """The user's cache folder."""
-    return os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "arc-trainloop"
-    )
-
-
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """Parse and check flags; all problems in one line and exit code 2. Returns also the flags given explicitly.
 
@@ -340,18 +272,6 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         if folder is not None and (problem := cannot_write(Path(folder))):
             problems.append(f"--{flag}: {problem}")
     return problems
-
-
-def cannot_write(folder: Path) -> str | None:
-    """Why nothing could be written below `folder`, or None; creates nothing."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        return f"{place} is a file, not a folder"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return f"no permission to write in {place}"
-    return None
 
 
 # ====================================================================================================================
@@ -537,6 +457,8 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     data = load_dataset(args.data)
+    for note in data.notes:
+        log(note)
     training, unseen = split_tasks(args, data, log)
     seed_everything(args.seed)
     qwen = build_qwen(
@@ -602,7 +524,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
 def split_tasks(args: argparse.Namespace, data: DataSet, log: RunLog) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
     """Training tasks, and the unseen split's tasks if asked for; what is in both, by content, is not trained on."""
     if not data.training:
-        raise ValueError(f"--data {args.data}: there are no training tasks in it")
+        raise ValueError(f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks")
     if "unseen" not in args.val_splits:
         return data.training, ()
     unseen = load_dataset(args.unseen).evaluation
@@ -741,12 +663,13 @@ def adopt_flags(args: argparse.Namespace, given: set[str], saved: Mapping[str, A
     """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name."""
     changed = []
     for name, value in saved.items():
-        if name not in vars(args) or name in HARMLESS:
+        if name not in vars(args) or name in OF_THE_COMMAND:
             continue
         value = tuple(value) if isinstance(value, list) else value
-        if name in given and getattr(args, name) != value:
+        if name not in given:
+            setattr(args, name, value)
+        elif name not in HARMLESS and getattr(args, name) != value:
             changed.append(f"--{name} {getattr(args, name)} (the checkpoint has {value})")
-        setattr(args, name, value)
     if changed:
         raise ValueError(f"--resume: cannot change {', '.join(changed)}")
 
@@ -901,23 +824,6 @@ def mean_per_owner(values: Tensor, owner: Tensor, groups: int) -> Tensor:
 # ====================================================================================================================
 
 
-@dataclass
-class PairPrediction:
-    """What was predicted for one test pair, one grid a view, each turned back into the pair's own colours and pose."""
-
-    task: Task
-    test_index: int
-    training_free: np.ndarray  # the evidence's own vote
-    before: list[np.ndarray] = field(default_factory=list)
-    after: list[np.ndarray] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)  # mean probability of the chosen colours, of each `after`
-
-    def attempts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two different grids, by vote of the views after refinement; the evidence's vote and "before" fill up."""
-        ranked = vote(self.after, [1.0 + 0.5 * value for value in self.confidence])
-        return two_attempts(ranked, [self.training_free, *vote(self.before)])
-
-
 def make_loader(run: Run, data: torch.utils.data.Dataset, sampler: Any) -> DataLoader:
     """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached."""
     workers = run.args.workers if run.args.workers >= 0 else min(4, os.cpu_count() or 1)
@@ -940,105 +846,31 @@ def start_worker(_: int) -> None:
 
 
 def predict_split(run: Run, name: str, tasks: Sequence[Task], *, trained_on: bool) -> list[PairPrediction]:
-    """Predict every test pair of `tasks`. Looks at no test output: `PredictionData` never touches one."""
+    """Predict every test pair of `tasks`."""
     views = evaluation_views(run.args.val_views)
-    data = PredictionData(
-        tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs
-    )
+    data = PredictionData(tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs)
     order = prediction_order(tasks, views=len(views), max_cells=4 * run.args.max_cells)
-    found: dict[tuple[int, int], PairPrediction] = {}
-    with tqdm(total=len(tasks), desc=f"predicting {name}", unit="task", leave=False, disable=run.args.quiet) as bar:
-        for batch in make_loader(run, data, order):
-            if run.stop_signal:
-                raise Interrupted(run.stop_signal)
-            batch = batch.to(run.device)
-            positions = batch.task.tolist()
-            if not trained_on:
-                batch.task = torch.full_like(batch.task, -2)  # no entry of the memory is its own
-            for query, before, after in predict_batch(run, batch):
-                collect(run, query, positions, tasks, before, after, found)
-            bar.update(len(positions))
-    return [found[key] for key in sorted(found)]
+    loader = make_loader(run, data, order)
+    bar = tqdm(loader, total=len(order), desc=f"predicting {name}", leave=False, disable=run.args.quiet)
+    return predict_tasks(tasks, bar, functools.partial(predict_batch, run, trained_on=trained_on), run.store)
 
 
 @torch.no_grad()
-def predict_batch(run: Run, batch: PredictionBatch) -> Iterator[tuple[QueryBatch, AgentOutput, AgentOutput]]:
-    """Queries with the agent's output under the unrefined and the refined prompt; the policy takes the mean of its
-    action."""
+def predict_batch(run: Run, fetched: PredictionBatch, *, trained_on: bool) -> list[TwoPasses]:
+    """The agent's output under the unrefined and the refined prompt; the policy takes the mean of its action."""
+    if run.stop_signal:
+        raise Interrupted(run.stop_signal)
+    batch = fetched.to(run.device)
+    if not trained_on:
+        batch.task = torch.full_like(batch.task, -2)  # no entry of the memory is its own
     with run.autocast():
         prompt, _ = read_prompt(run, batch)
-        refined = prompt
-        if not run.args.no_policy:
-            refined = run.policy.refine_prompt(prompt, context_feedback(run.agent, batch.feedback, prompt)).prompt
-        for query in batch.query:
-            before = run.agent(query, prompt)
-            yield query, before, before if run.args.no_policy else run.agent(query, refined)
-
-
-def collect(
-    run: Run,
-    query: QueryBatch,
-    positions: Sequence[int],
-    tasks: Sequence[Task],
-    before: AgentOutput,
-    after: AgentOutput,
-    found: dict[tuple[int, int], PairPrediction],
-) -> None:
-    """Sort a batch's predictions into `found`, turned back."""
-    grids = [output.predicted_grid(query).cpu().numpy() for output in (before, after)]
-    inside = after.inside_prediction(query)
-    certainty = after.colour_log_probs().exp().amax(-1)
-    confidence = ((certainty * inside).sum(1) / inside.sum(1).clamp(min=1)).tolist()
-    dihedral, colours = query.dihedral.tolist(), query.colours.tolist()
-    for row, (owner, number) in enumerate(zip(query.owner.tolist(), query.number.tolist(), strict=True)):
-        key = (positions[owner], number)
-        if key not in found:
-            task = tasks[key[0]]
-            found[key] = PairPrediction(task, number, run.store.get(task).test(number).vote()[0])
-        view = Augmentation(dihedral[row], tuple(colours[row]))
-        found[key].before.append(view.invert(unpad_grid(grids[0][row])))
-        found[key].after.append(view.invert(unpad_grid(grids[1][row])))
-        found[key].confidence.append(confidence[row])
-
-
-@dataclass
-class SplitReport:
-    """A split's scores: the answer, the same before refinement, the training-free vote alone; and what refinement did
-    to cell accuracy (mean over pairs, paired standard error)."""
-
-    score: SplitScore
-    before: SplitScore
-    training_free: SplitScore
-    delta: float
-    delta_error: float
-
-
-def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport:
-    """Scoring: the only place where test outputs are read. Pairs without a given solution are left out."""
-    answers: list[PairResult] = []
-    befores: list[PairResult] = []
-    votes: list[PairResult] = []
-    cells: dict[str, list[float]] = {"before": [], "after": []}
-    for pair in pairs:
-        target = pair.task.test[pair.test_index].output
-        if target is None:
-            continue
-        for results, attempts in (
-            (answers, pair.attempts()),
-            (befores, two_attempts(vote(pair.before), [pair.training_free])),
-            (votes, two_attempts([pair.training_free], pair.before)),
-        ):
-            results.append(PairResult(pair.task.id, pair.test_index, target, attempts))
-        for when, grids in (("before", pair.before), ("after", pair.after)):
-            cells[when].append(float(np.mean([grid_cell_accuracy(grid, target) for grid in grids])))
-    delta, error = paired_delta(cells["before"], cells["after"])
-    return SplitReport(
-        score=score_split(name, answers),
-        before=score_split(name, befores),
-        training_free=score_split(name, votes),
-        delta=delta,
-        delta_error=error,
-    )
+        if run.args.no_policy:
+            outputs = [run.agent(query, prompt) for query in batch.query]
+            return [(query, output, output) for query, output in zip(batch.query, outputs, strict=True)]
+        feedback = context_feedback(run.agent, batch.feedback, prompt)
+        refined = run.policy.refine_prompt(prompt, feedback).prompt
+        return [(query, run.agent(query, prompt), run.agent(query, refined)) for query in batch.query]
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
@@ -1435,7 +1267,7 @@ def describe(run: Run) -> None:
     unseen = f" | unseen: {len(run.unseen)} tasks" if run.unseen else ""
     lines = [
         run.qwen.description,
-        f"Device: {run.device} | AMP: {run.precision.name} ({run.precision.reason}) | threads {torch.get_num_threads()}",
+        f"Device: {run.device} | AMP: {run.precision.name} ({run.precision.reason}), {torch.get_num_threads()} threads",
         f"Agent: {sum(p.numel() for p in run.agent.parameters()):,} parameters, {args.agent_blocks} blocks x "
         f"{args.agent_passes} passes, width {args.agent_width} | learning rates: {rates}",
         f"Data: {run.data.name}, {len(run.training)} training tasks, {episodes} episodes x {args.views} views{unseen}",

@@ -353,7 +353,10 @@ class EpisodeData(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, tuple[Episode, ...]]) -> TrainBatch:
         epoch, episodes = key
-        texts, queries, feedback, first_view = [], [], [], []
+        texts: list[Sequence[int]] = []
+        queries: list[Query] = []
+        feedback: list[Query] = []
+        first_view: list[int] = []
         for owner, episode in enumerate(episodes):
             task = self.tasks[episode.task]
             known, held_out = self.store.get(task), episode.held_out
@@ -408,7 +411,9 @@ class PredictionData(torch.utils.data.Dataset):
         self.views, self.feedback_pairs = views, feedback_pairs
 
     def __getitem__(self, positions: tuple[int, ...]) -> PredictionBatch:
-        texts, queries, feedback = [], [], []
+        texts: list[Sequence[int]] = []
+        queries: list[Query] = []
+        feedback: list[Query] = []
         for owner, position in enumerate(positions):
             task = self.tasks[position]
             known = self.store.get(task)
