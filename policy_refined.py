@@ -100,7 +100,7 @@ def compute_reward(
 class SoftPrediction:
     """What the expected reward needs of an agent's output for B queries of L tokens.
 
-    colour (B, L, 10) and size (B, 2, 30): log-probabilities. inside (B, L) bool: token is part of the predicted grid.
+    colour (B, L, 10) and size (B, 30, 30): log-probabilities. inside (B, L) bool: token is part of the predicted grid.
     target (B, L) int64, negative where a token is outside the target; target_size (B, 2). area (B,): cells of the
     predicted grid.
     """
@@ -118,7 +118,7 @@ def expected_goal(prediction: SoftPrediction, target_histogram: Tensor) -> Tenso
 
     - acc: E[matching cells] = sum over cells on the overlap of p(target colour), by linearity of expectation, divided
     by the union of the rectangles at the predicted (most probable) size.
-    - size: sum over heights and widths of P(h) P(w) IoU((h, w), target size).
+    - size: sum over heights and widths of P(h, w) IoU((h, w), target size).
     - color: 1 - half the L1 distance of the *expected* colour histogram from the target's (an upper bound of the
     expected agreement, by Jensen's inequality).
     The reversibility of the hard reward has no cheap expectation (it needs the agent run on a sampled grid) and is
@@ -135,8 +135,7 @@ def expected_goal(prediction: SoftPrediction, target_histogram: Tensor) -> Tenso
     smaller = torch.minimum(sides, prediction.target_size[..., None])  # (B, 2, 30)
     intersection = smaller[:, 0, :, None] * smaller[:, 1, None, :]  # (B, 30, 30)
     area = sides[:, None] * sides[None, :] + target_area[:, None, None] - intersection
-    chance = prediction.size.exp()
-    size = torch.einsum("bh,bw,bhw->b", chance[:, 0], chance[:, 1], intersection / area)
+    size = (prediction.size.exp() * intersection / area).flatten(1).sum(1)
 
     histogram = (probability * prediction.inside[..., None]).sum(1) / prediction.area.clamp(min=1)[:, None]
     colour = 1 - 0.5 * (histogram - target_histogram).abs().sum(1)

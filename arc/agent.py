@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arc.batches import MAX_SIDE, NUM_COLOURS, OUTSIDE, QueryBatch
+from arc.evidence import CLASS_WEIGHTS
 
 MIXTURE_FLOOR = 0.003  # probability mass that every colour keeps in the table mixture
-SIZE_FLOOR = 1e-4  # likewise for every height and width
-UNSEEN = -1e4  # logit of a table that says nothing; finite, so that a cell no table speaks about is no NaN
+SIZE_FLOOR = 1e-6  # likewise for every size
+SILENT = -1e4  # logit of a table that says nothing; finite, so that a cell no table speaks about is no NaN
 
 
 @dataclass
 class AgentOutput:
-    """colour_logits: one (B, L, 10) float32 for each pass, the last is the answer; size_logits (B, 2, 30) float32:
-    row 0 scores heights 1..30, row 1 widths."""
+    """colour_logits: one (B, L, 10) float32 for each pass, the last is the answer; size_logits (B, 30, 30) float32: the
+    score of each output size, heights 1..30 by widths 1..30."""
 
     colour_logits: list[Tensor]
     size_logits: Tensor
@@ -37,14 +38,16 @@ class AgentOutput:
         return F.log_softmax(self.colour_logits[-1], dim=-1)
 
     def size_log_probs(self) -> Tensor:
-        """(B, 2, 30) float32."""
-        return F.log_softmax(self.size_logits, dim=-1)
+        """(B, 30, 30) float32: log-probability of each height and width together."""
+        return F.log_softmax(self.size_logits.flatten(1), dim=-1).view_as(self.size_logits)
 
     def predicted_size(self, query: QueryBatch) -> Tensor:
-        """(B, 2) int64: the most probable height and width that fit the query's canvas."""
+        """(B, 2) int64: the most probable size that fits the query's canvas."""
         sides = torch.arange(1, MAX_SIDE + 1, device=self.size_logits.device)
-        too_large = sides > query.canvas[:, :, None]  # (B, 2, 30)
-        return self.size_logits.masked_fill(too_large, -torch.inf).argmax(-1) + 1
+        too_high, too_wide = (sides > query.canvas[:, :, None]).unbind(1)  # (B, 30) each
+        fits = ~(too_high[:, :, None] | too_wide[:, None, :])
+        best = self.size_logits.masked_fill(~fits, -torch.inf).flatten(1).argmax(-1)
+        return torch.stack((best // MAX_SIDE, best % MAX_SIDE), dim=-1) + 1
 
     def inside_prediction(self, query: QueryBatch, size: Tensor | None = None) -> Tensor:
         """(B, L) bool: the token is a cell of the predicted grid (or of one of the given size (B, 2))."""
@@ -151,7 +154,7 @@ class GridAgent(nn.Module):
         self.condition = nn.Linear(condition, condition)
         self.blocks = nn.ModuleList(Block(width, heads, condition) for _ in range(blocks))
         # how the evidence is weighed: by class, by task and prompt, by cell
-        self.class_trust = nn.Parameter(torch.zeros(3))
+        self.class_trust = nn.Parameter(torch.log(torch.from_numpy(CLASS_WEIGHTS[1:])))
         self.task_trust = nn.Linear(condition, num_tables)
         self.prompt_trust = nn.Linear(prompt, num_tables, bias=False)
         self.cell_trust = nn.Linear(width, num_tables, bias=False)
@@ -189,10 +192,10 @@ class GridAgent(nn.Module):
         prompt = self.prompt_norm(prompt[query.owner].float()).flatten(1)  # (B, K * D)
         condition = self.query_condition(query, prompt, reverse)  # (B, C)
         says, confidence = query.codes.long() % 10, query.codes.long() // 10  # (B, L, T)
-        trust = torch.log(query.vote_weight + 1e-6) + self.task_trust(condition) + self.prompt_trust(prompt)  # (B, T)
+        trust = torch.log(query.vote_weight + 1e-12) + self.task_trust(condition) + self.prompt_trust(prompt)  # (B, T)
         mixed, few, many = self.class_trust
         by_class = torch.where(confidence == 3, many, torch.where(confidence == 2, few, mixed))
-        trust = (trust.float()[:, None] + by_class).masked_fill(confidence == 0, UNSEEN)  # (B, L, T)
+        trust = (trust.float()[:, None] + by_class).masked_fill(confidence == 0, SILENT)  # (B, L, T)
         token = self.embed_cells(query, says, confidence, trust)  # (B, L, W)
         sharpness, copying = self.sharpness(condition).float()[:, None].unbind(-1)  # (B, 1)
         copied = F.one_hot(query.neighbours[..., 4].long(), NUM_COLOURS + 1)[..., :NUM_COLOURS]  # (B, L, 10)
@@ -251,20 +254,24 @@ class GridAgent(nn.Module):
         return torch.cat((table[query.row.long()], table[query.column.long()]), -1)[:, None]
 
     def size_logits(self, query: QueryBatch, condition: Tensor, normed: Tensor) -> Tensor:
-        """(B, 2, 30): log of the rules' weighted vote for each height and width, plus a learned correction."""
+        """(B, 30, 30): log of the rules' weighted vote for each size, plus a learned correction of each side."""
         scores = query.rule_logits + query.rule_features @ self.rule_record + self.rule_trust(condition).float()
         applies = torch.isfinite(query.rule_logits)
-        weights = scores.masked_fill(~applies, UNSEEN).softmax(-1) * applies  # (B, R), zero if no rule applies
-        places = (query.rule_sizes.long() - 1).clamp(min=0).transpose(1, 2)  # (B, 2, R)
-        votes = torch.zeros(*places.shape[:2], MAX_SIDE, device=weights.device)
-        votes = votes.scatter_add(2, places, weights[:, None].expand(places.shape))
+        weights = scores.masked_fill(~applies, SILENT).softmax(-1) * applies  # (B, R), zero if no rule applies
+        # The size that the canvas was made for gets a little vote of its own: it stands where no rule applies.
+        sizes = torch.cat((query.rule_sizes.long().clamp(min=1), query.out_size[:, None]), 1)  # (B, R + 1, 2)
+        weights = torch.cat((weights, weights.new_full((len(query), 1), 0.01)), 1)
+        votes = torch.zeros(len(query), MAX_SIDE * MAX_SIDE, device=weights.device)
+        places = (sizes[..., 0] - 1) * MAX_SIDE + sizes[..., 1] - 1
+        votes = votes.scatter_add(1, places, weights).unflatten(1, (MAX_SIDE, MAX_SIDE))
         real = query.valid[..., None].to(normed.dtype)
         pooled = (normed * real).sum(1) / real.sum(1)
-        return torch.log(votes + SIZE_FLOOR) + self.size_head(pooled).float().unflatten(-1, (2, MAX_SIDE))
+        side = self.size_head(pooled).float().unflatten(-1, (2, MAX_SIDE))
+        return torch.log(votes + SIZE_FLOOR) + side[:, 0, :, None] + side[:, 1, None, :]
 
 
 def table_mixture(trust: Tensor, says: Tensor) -> Tensor:
     """(B, L, 10) float32: probability of each colour when table t, which says says[..., t], is trusted by
     softmax(trust)[..., t]. Zero everywhere where no table speaks."""
-    weights = trust.softmax(-1) * (trust > UNSEEN / 2)
+    weights = trust.softmax(-1) * (trust > SILENT / 2)
     return torch.zeros(*trust.shape[:-1], NUM_COLOURS, device=trust.device).scatter_add(-1, says, weights)

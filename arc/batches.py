@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, feedback_indices, table_weights
+from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, feedback_indices
 from arc.tasks import Augmentation, Grid, Task, apply_dihedral, dihedral_shape, sample_augmentation
 
 MAX_SIDE = 30
@@ -182,6 +182,7 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
     valid, in_output = np.zeros((2, count, length), bool)
     codes = np.zeros((count, length, NUM_TABLES), np.uint8)
     table_stats = np.zeros((count, NUM_TABLES, 3), np.float32)
+    vote_weight = np.zeros((count, NUM_TABLES), np.float32)
     rule_sizes = np.zeros((count, NUM_RULES, 2), np.uint8)
     rule_features = np.zeros((count, NUM_RULES, 2), np.float32)
     rule_logits = np.full((count, NUM_RULES), -np.inf, np.float32)
@@ -200,6 +201,7 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
         if query.evidence is not None:
             codes[index, :cells][inside] = query.evidence.codes.reshape(NUM_TABLES, -1).T
             table_stats[index] = query.evidence.table_stats
+            vote_weight[index] = query.evidence.weights()
             rule_sizes[index] = query.evidence.rule_sizes
             rule_features[index] = query.evidence.rule_features
             rule_logits[index] = query.evidence.rule_logits
@@ -214,7 +216,7 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
         "in_output": in_output,
         "codes": codes,
         "table_stats": table_stats,
-        "vote_weight": np.stack([table_weights(stats) for stats in table_stats]).astype(np.float32),
+        "vote_weight": vote_weight,
         "rule_sizes": rule_sizes,
         "rule_features": rule_features,
         "rule_logits": rule_logits,

@@ -56,8 +56,9 @@ def ambiguity(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def size_loss(size_logits: Tensor, target_size: Tensor) -> Tensor:
-    """Cross-entropy of heights plus widths; size_logits (B, 2, 30), target_size (B, 2) in 1..30."""
-    return F.cross_entropy(size_logits.float().flatten(0, 1), target_size.flatten() - 1) * 2
+    """Cross-entropy of the output size; size_logits (B, 30, 30), heights by widths, target_size (B, 2) in 1..30."""
+    height, width = target_size.unbind(-1)
+    return F.cross_entropy(size_logits.float().flatten(1), (height - 1) * size_logits.shape[-1] + width - 1)
 
 
 def prompt_consistency(prompts: Tensor, task: Tensor, *, reversed_sign: bool = False) -> Tensor:
