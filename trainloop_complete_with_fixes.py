@@ -43,6 +43,7 @@ from arc.batches import (
     QueryBatch,
     TrainBatch,
     collate_queries,
+    context_pairs,
     epoch_batches,
     prediction_order,
     unpad_grid,
@@ -60,7 +61,6 @@ from arc.runlog import RunLog
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
 from policy_refined import (
-    Action,
     Feedback,
     Prediction,
     PromptPolicy,
@@ -179,6 +179,7 @@ def build_parser() -> Arguments:
     )
     g.add_argument("--policy_samples", type=number(int, 2, 64), default=4, help="actions an episode under rloo")
     g.add_argument("--no_policy", action="store_true", help="control: no refinement, the agent trained on one pass")
+    g.add_argument("--refined_views", type=number(int, 1, 64), default=2, help="views answered after refinement too")
     g.add_argument("--feedback_pairs", type=number(int, 1, 2), default=2, help="context pairs that give feedback")
     g.add_argument(
         "--hard_floor", type=number(float, 0, 1), default=0.5, help="weight of an already right cell (fix 3)"
@@ -473,6 +474,8 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
         seed=args.seed,
         log=log,
     ).to(device)
+    largest = max(training, key=lambda task: sum(len(pair.input.ravel()) for pair in task.train))
+    qwen.encoder(context_pairs(largest))  # says here, not unseen in a worker, if contexts do not fit
     if 1 in args.ablate:
         qwen.requires_grad_(False)
     if args.qwen_lr is None:
@@ -765,18 +768,21 @@ def cell_weights(run: Run, output: AgentOutput, query: QueryBatch) -> Tensor:
 
 
 def efe_terms(
-    run: Run, batch: TrainBatch, outputs: Sequence[AgentOutput], prompts: Sequence[Tensor], size_weight: float
+    run: Run,
+    batch: TrainBatch,
+    passes: Sequence[tuple[QueryBatch, AgentOutput]],
+    prompts: Sequence[Tensor],
+    size_weight: float,
 ) -> dict[str, Tensor]:
     """The expected free energy's terms and total, averaged over the passes (before, after): the agent is trained on
     both, otherwise "before" would be an untrained straw man and the reward would prove nothing."""
-    query = batch.query
     terms = {
-        "risk": [free_energy.risk(o.colour_logits, query.target, cell_weights(run, o, query)) for o in outputs],
-        "ambiguity": [free_energy.ambiguity(o.colour_logits[-1], query.target) for o in outputs],
-        "size": [free_energy.size_loss(o.size_logits, query.target_size) for o in outputs],
+        "risk": [free_energy.risk(o.colour_logits, q.target, cell_weights(run, o, q)) for q, o in passes],
+        "ambiguity": [free_energy.ambiguity(o.colour_logits[-1], q.target) for q, o in passes],
+        "size": [free_energy.size_loss(o.size_logits, q.target_size) for q, o in passes],
     }
     # The way back is trained on each episode's first view only: it costs a pass of its own.
-    asked = reverse_queries(query.target_grid[batch.first_view], query, batch.first_view)
+    asked = reverse_queries(batch.query.target_grid[batch.first_view], batch.query, batch.first_view)
     back = run.agent(asked, prompts[-1], reverse=True)
     reversibility = free_energy.risk(back.colour_logits, asked.target, (asked.target >= 0).float())
     both = torch.cat([prompt.float() for prompt in prompts])
@@ -796,19 +802,17 @@ def policy_noise(run: Run, samples: int, groups: int, batch_number: int) -> Tens
 
 
 def sampled_objective(
-    run: Run, batch: TrainBatch, prompt: Tensor, feedback: Feedback, before: Prediction, noise: Tensor
+    run: Run, query: QueryBatch, prompt: Tensor, feedback: Feedback, before: Prediction, noise: Tensor
 ) -> Tensor:
     """`--policy_objective rloo`: hard rewards of sampled actions, leave-one-out advantages, score function."""
     rewards, log_probs = [], []
     for sample in noise:
         action = run.policy.refine_prompt(prompt.detach(), feedback, noise=sample, observe=False)
         with torch.no_grad():
-            output = run.agent(batch.query, action.prompt)
-            grid = output.predicted_grid(batch.query)
+            grid = run.agent(query, action.prompt).predicted_grid(query)
             # The way back is left out of the sampled rewards (two more passes a sample); the printed reward has it.
-            outcome = Prediction(grid, before.reverse)
-            reward, _ = compute_reward(before, outcome, batch.query.target_grid, batch.query.input_grid)
-        rewards.append(mean_per_owner(reward, batch.query.owner, len(prompt)))
+            reward, _ = compute_reward(before, Prediction(grid, before.reverse), query.target_grid, query.input_grid)
+        rewards.append(mean_per_owner(reward, query.owner, len(prompt)))
         log_probs.append(action.log_prob)
     return score_function_objective(torch.stack(rewards), torch.stack(log_probs))
 
@@ -949,10 +953,10 @@ def memory_row(run: Run) -> dict[str, Any]:
 # ====================================================================================================================
 
 
-def train(run: Run) -> None:
-    """Epochs from where the state stands to the end, each with its summary, validation and checkpoint."""
-    args, state = run.args, run.state
-    data = EpisodeData(
+def training_data(run: Run) -> EpisodeData:
+    """What the loader builds training batches with."""
+    args = run.args
+    return EpisodeData(
         run.training,
         run.store,
         run.qwen.encoder,
@@ -960,9 +964,15 @@ def train(run: Run) -> None:
         views=args.views,
         augment=args.augment,
         feedback_pairs=args.feedback_pairs,
+        refined_views=args.refined_views,
     )
+
+
+def train(run: Run) -> None:
+    """Epochs from where the state stands to the end, each with its summary, validation and checkpoint."""
+    args, state = run.args, run.state
     sampler = EpochSampler([], 0)
-    loader = make_loader(run, data, sampler)
+    loader = make_loader(run, training_data(run), sampler)
     while state.epoch < args.epochs:
         started = time.monotonic()
         batches = epoch_batches(
@@ -1017,26 +1027,28 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
         for fetched in loader:  # starts at state.batch: a resumed run enters in mid-epoch
             began = time.monotonic()
             batch: TrainBatch = fetched.to(run.device)
-            query, noise = batch.query, policy_noise(run, args.policy_samples, len(batch.task), done)
+            noise = policy_noise(run, args.policy_samples, len(batch.task), done)
             rates = run.optimizer.set_rates(learning_rate_factor(state.step, progress(run, count)))
             with run.autocast():  # FIX 7
                 prompt, embedding = read_prompt(run, batch)  # FIX 1: gradient flows into Qwen, no cache, no no_grad
-                before = agent(query, prompt)
-                feedback = context_feedback(agent, batch.feedback, prompt)
+                first = agent(batch.query, prompt)
+                query, before = batch.query.rows(batch.refined), first.rows(batch.refined)
                 if args.no_policy:
-                    action, after = Action(prompt, noise[0], noise[0].sum(-1)), before
+                    refined, after = prompt, before
                 else:
-                    action = policy_rl.refine_prompt(prompt, feedback, noise=noise[0])
-                    after = agent(query, action.prompt)
-                efe = efe_terms(run, batch, (before, after), (prompt, action.prompt), weight)  # FIX 3 and 4 in there
-                pred_before, pred_after = predictions(run, query, before, after, prompt, action.prompt)
+                    feedback = context_feedback(agent, batch.feedback, prompt)
+                    refined = policy_rl.refine_prompt(prompt, feedback, noise=noise[0]).prompt
+                    after = agent(query, refined)
+                passes = [(batch.query, first), (query, after)]
+                efe = efe_terms(run, batch, passes, (prompt, refined), weight)  # FIX 3 and 4 in there
+                pred_before, pred_after = predictions(run, query, before, after, prompt, refined)
             # FIX 6: every delta is after - before
             reward, breakdown = compute_reward(pred_before, pred_after, query.target_grid, query.input_grid)
             if args.no_policy or run.ablated(2):
                 reward_objective = torch.zeros((), device=run.device)
             elif args.policy_objective == "rloo":
                 with run.autocast():
-                    reward_objective = sampled_objective(run, batch, prompt, feedback, pred_before, noise)
+                    reward_objective = sampled_objective(run, query, prompt, feedback, pred_before, noise)
             else:
                 soft = soft_prediction(before, query), soft_prediction(after, query)
                 reward_objective = expected_reward(*soft, query.target_grid).mean()
@@ -1044,7 +1056,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
             run.scaler.scale(loss / args.grad_accum).backward()  # FIX 7
             solved = mean_per_owner(exact_match(pred_after.grid, query.target_grid), query.owner, len(batch.task))
-            stored = remember(run, batch, embedding, action.prompt, solved)  # FIX 5
+            stored = remember(run, batch, embedding, refined, solved)  # FIX 5
             wrong = 1 - cells_right(pred_after.grid, query.target_grid)
             done, accumulated = done + 1, accumulated + 1
             row = {
@@ -1058,7 +1070,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 "solved": float(solved.mean()),
                 "stored": stored,
                 "offers": len(batch.task),
-                "queries": len(query),
+                "queries": len(batch.query),
                 "prompt_spread": prompt_spread(prompt.detach()),
                 **padding(batch),
                 **{f"lr.{name}": rate for name, rate in rates.items()},

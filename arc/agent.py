@@ -33,6 +33,10 @@ class AgentOutput:
     colour_logits: list[Tensor]
     size_logits: Tensor
 
+    def rows(self, chosen: Tensor) -> AgentOutput:
+        """The output for the queries `chosen` (n,)."""
+        return AgentOutput([logits[chosen] for logits in self.colour_logits], self.size_logits[chosen])
+
     def colour_log_probs(self) -> Tensor:
         """(B, L, 10) float32, log-probabilities of the last pass."""
         return F.log_softmax(self.colour_logits[-1], dim=-1)

@@ -157,6 +157,10 @@ class QueryBatch(TensorBundle):
     def __len__(self) -> int:
         return self.valid.shape[0]
 
+    def rows(self, chosen: Tensor) -> QueryBatch:
+        """The queries `chosen` (n,) of this batch, with the same padding."""
+        return self._map(lambda tensor: tensor[chosen])
+
     def cell_counts(self) -> tuple[int, int]:
         """(real tokens, processed tokens): their ratio is 1 - padding."""
         return int(self.valid.sum()), self.valid.numel()
@@ -331,12 +335,14 @@ class TrainBatch(TensorBundle):
     query: QueryBatch  # B queries; owner says which of the G episodes
     feedback: list[QueryBatch]  # context pairs as queries, the true query's output in none of their evidence
     first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
+    refined: Tensor  # (n,) int64 indices of the queries that are answered under the refined prompt too
 
 
 class EpisodeData(torch.utils.data.Dataset):
     """Maps a batch of episodes to a `TrainBatch`. Runs in DataLoader workers; a pure function of its arguments.
 
-    encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py).
+    encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py). refined_views: how many views of an
+    episode are answered under the refined prompt too; the others would teach the agent nearly the same a second time.
     """
 
     def __init__(
@@ -349,9 +355,11 @@ class EpisodeData(torch.utils.data.Dataset):
         views: int,
         augment: str,
         feedback_pairs: int,
+        refined_views: int,
     ) -> None:
         self.tasks, self.store, self.encode = tasks, store, encode
         self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
+        self.refined_views = refined_views
 
     def __getitem__(self, key: tuple[int, tuple[Episode, ...]]) -> TrainBatch:
         epoch, episodes = key
@@ -359,12 +367,15 @@ class EpisodeData(torch.utils.data.Dataset):
         queries: list[Query] = []
         feedback: list[Query] = []
         first_view: list[int] = []
+        refined: list[int] = []
         for owner, episode in enumerate(episodes):
             task = self.tasks[episode.task]
             known, held_out = self.store.get(task), episode.held_out
             pair = task.train[held_out]
+            views = views_of(episode_cells(task, held_out), self.views)
             first_view.append(len(queries))
-            for view in range(views_of(episode_cells(task, held_out), self.views)):
+            refined += range(len(queries), len(queries) + min(views, self.refined_views))
+            for view in range(views):
                 augmentation = sample_augmentation(self.seed, epoch, episode.index * self.views + view, self.augment)
                 queries.append(make_query(pair.input, pair.output, known.held_out(held_out), augmentation, owner))
             for other in feedback_indices(len(task.train), held_out, self.feedback_pairs):
@@ -382,6 +393,7 @@ class EpisodeData(torch.utils.data.Dataset):
             query=collate_queries(queries),
             feedback=collate_in_buckets(feedback),
             first_view=torch.tensor(first_view),
+            refined=torch.tensor(refined),
         )
 
 

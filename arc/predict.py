@@ -32,9 +32,11 @@ class PairPrediction:
     confidence: list[float] = field(default_factory=list)  # mean probability of the chosen colours, of each `after`
 
     def attempts(self) -> tuple[Grid, Grid]:
-        """Two different grids, by vote of the views after refinement; the evidence's vote and "before" fill up."""
-        ranked = vote(self.after, [1.0 + 0.5 * value for value in self.confidence])
-        return two_attempts(ranked, [self.training_free, *vote(self.before)])
+        """Two different grids. First: the vote of the views after refinement, the evidence's own answer being one more
+        voter. Second: the evidence's answer if it is another one, else the vote's runner-up."""
+        ballots = [*self.after, self.training_free]
+        weights = [*(1.0 + 0.5 * value for value in self.confidence), 1.0]
+        return two_attempts([vote(ballots, weights)[0], self.training_free, *vote(ballots, weights)], vote(self.before))
 
 
 def predict_tasks(
