@@ -224,7 +224,8 @@ class PromptPolicy(nn.Module):
         mean = self.mean(self.trunk(features)).float()
         std = self.log_std.clamp(-5, 0).exp()
         code = mean if noise is None else mean + std * noise
-        density = torch.distributions.Normal(mean, std.expand_as(mean))
+        # Unvalidated: a non-finite mean must reach the guarded optimizer step, which skips and counts it.
+        density = torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)
         delta = torch.einsum("ga,akd->gkd", code, self.directions) - self.log_step.exp() * gradient
         return Action(prompt + delta, code, density.log_prob(code.detach()).sum(-1))
 

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from arc import efe as free_energy
-from arc.agent import AgentOutput, GridAgent
+from arc.agent import AgentOutput, GridAgent, voted_grid
 from arc.batches import (
     EpisodeData,
     EpochSampler,
@@ -123,7 +123,7 @@ def build_parser() -> Arguments:
     g.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of everything random")
     g.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads for torch; 0: torch's own choice")
     g.add_argument(
-        "--workers", type=number(int, 0, 64), default=-1, help="processes that prepare batches; -1: by machine"
+        "--workers", type=number(int, -1, 64), default=-1, help="processes that prepare batches; -1: by machine"
     )
     g.add_argument("--eval_only", action="store_true", help="validate a checkpoint (with --resume), do not train")
     g.add_argument("--strict", action="store_true", help="a red flag saves and stops the run with exit code 3")
@@ -840,6 +840,7 @@ def make_loader(run: Run, data: torch.utils.data.Dataset, sampler: Any) -> DataL
         persistent_workers=workers > 0,
         pin_memory=run.device.type == "cuda",
         worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else it draws from the global one, and a resumed run differs by that draw
     )
 
 
@@ -893,7 +894,11 @@ def validate(run: Run) -> dict[str, SplitReport]:
             for pair in pairs:
                 submission.setdefault(pair.task.id, []).append(pair.attempts())
             write_submission(run.log.folder / f"predictions-{name}.json", submission, tasks)
-            reports[name] = score_predictions(name, pairs)
+            report = score_predictions(name, pairs)
+            if report.score.pairs:
+                reports[name] = report
+            else:
+                run.log(f"{name} split: no solutions are given; the attempts are in predictions-{name}.json")
     for module in run.modules.values():
         module.train(was_training)
     return reports
@@ -901,6 +906,9 @@ def validate(run: Run) -> dict[str, SplitReport]:
 
 def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> None:
     """The seed's two lines for the first split, then one line of detail for each."""
+    if not reports:
+        run.log.metrics({"step": run.state.step, "epoch": epoch, **memory_row(run)})
+        return
     headline = next(iter(reports.values()))
     score = headline.score
     run.state.val_accuracy = score.pass1_pairs / max(1, score.pairs)
@@ -1057,6 +1065,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             run.scaler.scale(loss / args.grad_accum).backward()  # FIX 7
             solved = mean_per_owner(exact_match(pred_after.grid, query.target_grid), query.owner, len(batch.task))
             stored = remember(run, batch, embedding, refined, solved)  # FIX 5
+            voted = exact_match(voted_grid(query), query.target_grid).float()
             wrong = 1 - cells_right(pred_after.grid, query.target_grid)
             done, accumulated = done + 1, accumulated + 1
             row = {
@@ -1068,6 +1077,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 "reward_objective": float(reward_objective.detach()),
                 "mask_ratio": float(wrong.mean()),
                 "solved": float(solved.mean()),
+                "vote_solved": float(mean_per_owner(voted, query.owner, len(batch.task)).mean()),
                 "stored": stored,
                 "offers": len(batch.task),
                 "queries": len(batch.query),
@@ -1177,8 +1187,10 @@ def record_batch(run: Run, row: dict[str, Any], qwen_grad: float, norms: Mapping
     state.queries += row["queries"]
     state.memory_updates += row["stored"]
     state.memory_offers += row["offers"]
-    summed = {key: row[key] for key in ("loss", "reward", "solved", "mask_ratio", "cells", "cells_processed")}
-    for key, value in {**summed, "qwen_grad": qwen_grad, "batches": 1.0}.items():
+    keys = ("loss", "reward", "solved", "vote_solved", "mask_ratio", "cells", "cells_processed")
+    summed = {key: row[key] for key in keys}
+    summed |= {"qwen_grad": qwen_grad, "batches": 1.0, "reward_square": row["reward"] ** 2}
+    for key, value in summed.items():
         if math.isfinite(value):
             state.sums[key] = state.sums.get(key, 0.0) + value
     speed = took / max(1, row["cells_processed"])
@@ -1225,15 +1237,18 @@ def log_summary(run: Run) -> None:
     )
     run.log(
         f"[Epoch {state.epoch}] Memory: {state.memory_updates} of {state.memory_offers} offers stored, "
-        f"{len(run.memory)} entries | training queries solved {mean.get('solved', math.nan):.4f} | "
+        f"{len(run.memory)} entries | training queries solved "
+        f"{mean.get('solved', math.nan):.4f}, by the vote alone {mean.get('vote_solved', math.nan):.4f} | "
         f"cells processed that are real {real:.3f} | skipped steps {state.skipped_steps}"
     )
-    if state.sums.get("batches", 0) and mean.get("reward", 0.0) < 0:
+    reward = mean.get("reward", 0.0)
+    spread = math.sqrt(max(0.0, mean.get("reward_square", 0.0) - reward**2) / count)
+    if reward + 2 * spread < 0:  # below 0 by more than chance
         raise_flag(
             run,
             "reward",
-            f"Average RL Reward {mean['reward']:+.4f} below 0 for a whole epoch: refinement makes "
-            "predictions worse (FIX #6, reward signs; or --policy_lr too high)",
+            f"Average RL Reward {reward:+.4f} below 0 for a whole epoch: refinement makes predictions worse (FIX #6, "
+            "reward signs; or --policy_lr too high)",
         )
 
 
@@ -1275,7 +1290,7 @@ def describe(run: Run) -> None:
     args = run.args
     episodes = sum(len(task.train) for task in run.training)
     size = ModelPersistence.estimate_bytes(checkpoint_tree(run)) / 2**20
-    rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.set_rates(1.0).items()))
+    rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
     unseen = f" | unseen: {len(run.unseen)} tasks" if run.unseen else ""
     lines = [
         run.qwen.description,
@@ -1289,8 +1304,8 @@ def describe(run: Run) -> None:
     run.log("\n".join(lines))
 
 
-def open_run_folder(args: argparse.Namespace, given: set[str], log: RunLog) -> tuple[Path, Any]:
-    """The run's folder and, on resume, the checkpoint to continue from. ValueError for what the user can mend."""
+def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
+    """The run's folder and, on resume, which checkpoint to continue from. ValueError for what the user can mend."""
     if args.resume is None:
         folder = Path(args.output_dir or f"runs/arc_complete_{time.strftime('%Y%m%d_%H%M%S')}")
         if folder.is_dir() and any(folder.glob("step-*")):
@@ -1303,13 +1318,14 @@ def open_run_folder(args: argparse.Namespace, given: set[str], log: RunLog) -> t
         found = Path(args.output_dir) if args.output_dir else find_newest_run("runs")
         if found is None:
             raise ValueError("--resume: no run with a checkpoint under runs/; give its folder with --output_dir")
-    else:
-        checkpoint = Path(which)
-        if not checkpoint.is_dir():
-            raise ValueError(f"--resume: {which} is neither latest nor best nor a checkpoint's folder")
-        found = Path(args.output_dir) if args.output_dir else checkpoint.absolute().parent
-    if not found.is_dir() and not args.backup_dir:
-        raise ValueError(f"--resume: {found} is not a folder")
+    elif (Path(which) / "manifest.json").is_file():
+        found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
+    else:  # a run's folder is as good as its name under --output_dir
+        found, which = Path(which), "latest"
+        if args.output_dir and Path(args.output_dir).resolve() != found.resolve():
+            raise ValueError(f"--resume: {found} is not a checkpoint, and --output_dir names another folder")
+    if not args.backup_dir and not any(found.glob(pattern) for pattern in ("step-*", "best-*")):
+        raise ValueError(f"--resume: no checkpoint in {found}")
     return found, which
 
 
@@ -1340,10 +1356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args, given = parse_arguments(argv)
     log = RunLog(quiet=args.quiet)
+    persistence, checkpoint = None, None
     try:
-        folder, which = open_run_folder(args, given, log)
-        checkpoint = None
-        persistence = None
+        folder, which = open_run_folder(args)
         if which is not None:
             persistence = open_persistence(args, folder, log)
             checkpoint = persistence.load(which)
@@ -1356,6 +1371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             persistence = open_persistence(args, folder, log)
     except (ValueError, PersistenceError) as problem:
         # Everything above raises these for what the user can mend, with one line that says what and where.
+        if persistence is not None:
+            persistence.close()
         log(f"error: {problem}", error=True)
         return 2
     with persistence:
@@ -1376,7 +1393,7 @@ def open_persistence(args: argparse.Namespace, folder: Path, log: RunLog) -> Mod
 def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     """Train or evaluate, with the run's folder open; always saves what was trained."""
     rows = 0 if checkpoint is None else int(checkpoint.state["extra"]["rows"])
-    run.log.open(Path(run.args.output_dir), rows=rows)
+    run.log.open(Path(run.args.output_dir), rows=None if run.args.eval_only else rows)
     describe(run)
     if checkpoint is not None:
         run.log(f"Resumed from {checkpoint.path.name}: epoch {run.state.epoch}, batch {run.state.batch}")
@@ -1391,17 +1408,21 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
         run.log(f"Done: {run.state.step} batches, {run.state.queries} queries in {time.monotonic() - run.started:.1f}s")
         return 0
     except Interrupted as stop:
-        save_checkpoint(run, wait=True)
-        run.log(f"Saved at epoch {run.state.epoch}, batch {run.state.batch}; continue with --resume")
-        return 128 + int(stop.args[0])
+        code = 128 + int(stop.args[0])
     except RedFlag:
-        save_checkpoint(run, wait=True)
-        return 3
+        code = 3
     except PersistenceError as problem:
         run.log(f"error: {problem}", error=True)
         return 1
     finally:
         undo()
+    try:
+        save_checkpoint(run, wait=True)
+    except PersistenceError as problem:
+        run.log(f"error: {problem}", error=True)
+        return 1
+    run.log(f"Saved at epoch {run.state.epoch}, batch {run.state.batch}; continue with --resume")
+    return code
 
 
 def write_config(run: Run) -> None:

@@ -69,6 +69,16 @@ class AgentOutput:
         return grid[:, :-1].reshape(-1, MAX_SIDE, MAX_SIDE)
 
 
+@torch.no_grad()
+def voted_grid(query: QueryBatch) -> Tensor:
+    """(B, 30, 30) int64, -1 outside: the evidence's training-free answer, `QueryEvidence.vote` for a whole batch."""
+    says, confidence = query.codes.long() % 10, query.codes.long() // 10
+    classes = torch.from_numpy(CLASS_WEIGHTS).to(query.vote_weight.device)
+    trust = torch.log(query.vote_weight + 1e-12)[:, None] + torch.log(classes + 1e-12)[confidence]
+    mixture = table_mixture(trust.masked_fill(confidence == 0, SILENT), says)
+    return AgentOutput([mixture], torch.empty(0)).predicted_grid(query, size=query.out_size)
+
+
 def rotary_tables(head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin, each (30, head_dim // 4): angles of positions 0..29 for one axis (RoFormer, arXiv:2104.09864)."""
     frequencies = 10.0 ** -torch.linspace(0, 1.5, head_dim // 4)  # grids are at most 30 wide: no need for slow ones

@@ -29,7 +29,7 @@ class Arguments(argparse.ArgumentParser):
 
     def report(self) -> NoReturn:
         """One line on stderr, exit code 2."""
-        self.exit(2, f"error: {'; '.join(self.problems)}\n")
+        self.exit(2, f"error: {' '.join('; '.join(self.problems).split())}\n")
 
     def number(self, kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
         """An argparse type: a number in [low, high] (above: in (low, high]); problems are collected."""

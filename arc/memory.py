@@ -42,13 +42,14 @@ class MemoryBank(nn.Module):
         The mean of the nearest entries' prompts, weighted by a softmax over cosine likeness (temperature 0.1), times a
         learned gate; gradient flows into the gate and, through the weights, into the keys of the readers.
         """
-        likeness = F.normalize(key.float(), dim=-1) @ F.normalize(self.keys, dim=-1).T  # (G, capacity)
-        hidden = (self.task < 0) | (self.task == task[:, None])
-        likeness = likeness.masked_fill(hidden, -torch.inf)
-        best, place = likeness.topk(min(self.neighbours, likeness.shape[1]), dim=-1)  # (G, n)
-        found = torch.isfinite(best)
-        weights = (best.masked_fill(~found, -1e4) / 0.1).softmax(-1) * found
-        return self.gate * torch.einsum("gn,gnkd->gkd", weights, self.values[place])
+        with torch.autocast(key.device.type, enabled=False):  # a likeness over 0.1 does not fit fp16's range
+            likeness = F.normalize(key.float(), dim=-1) @ F.normalize(self.keys, dim=-1).T  # (G, capacity)
+            hidden = (self.task < 0) | (self.task == task[:, None])
+            likeness = likeness.masked_fill(hidden, -torch.inf)
+            best, place = likeness.topk(min(self.neighbours, likeness.shape[1]), dim=-1)  # (G, n)
+            found = torch.isfinite(best)
+            weights = (best.masked_fill(~found, -1e4) / 0.1).softmax(-1) * found
+            return self.gate * torch.einsum("gn,gnkd->gkd", weights, self.values[place])
 
     @torch.no_grad()
     def offer(self, key: Tensor, value: Tensor, task: int, accuracy: float, threshold: float, step: int) -> bool:

@@ -81,6 +81,11 @@ class JointOptimizer:
                 rates[group["name"]] = group["lr"]
         return rates
 
+    def base_rates(self) -> dict[str, float]:
+        """The rate of each named group before warm-up and decay."""
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return {group["name"]: group["base_lr"] for group in groups}
+
     def zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)

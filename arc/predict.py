@@ -5,6 +5,7 @@ Predicting looks at no test output; `score_predictions` is the only place that d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +84,8 @@ def collect(
 @dataclass
 class SplitReport:
     """A split's scores: the answer, the same before refinement, the training-free vote alone; and what refinement did
-    to cell accuracy (mean over pairs, paired standard error)."""
+    to cell accuracy (mean over pairs, paired standard error; NaN where there is no pair with a solution, or just one).
+    """
 
     score: SplitScore
     before: SplitScore
@@ -110,7 +112,7 @@ def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport
             results.append(PairResult(pair.task.id, pair.test_index, target, attempts))
         for when, grids in (("before", pair.before), ("after", pair.after)):
             cells[when].append(float(np.mean([cell_accuracy(grid, target) for grid in grids])))
-    delta, error = paired_delta(cells["before"], cells["after"])
+    delta, error = paired_delta(cells["before"], cells["after"]) if answers else (math.nan, math.nan)
     return SplitReport(
         score=score_split(name, answers),
         before=score_split(name, befores),

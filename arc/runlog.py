@@ -26,15 +26,16 @@ class RunLog:
         self.early: list[str] = []
         self.rows = 0  # rows in metrics.jsonl; goes into every checkpoint
 
-    def open(self, folder: Path, *, rows: int) -> None:
+    def open(self, folder: Path, *, rows: int | None) -> None:
         """Start writing in `folder`. rows: how many rows metrics.jsonl had when the checkpoint was made (0: a new run);
-        later ones are dropped, since what they record is run again."""
+        later ones are dropped, since what they record is run again. None: nothing is run again, all stay."""
         self.folder = folder
         for line in self.early:
             self._append("train.log", line)
         self.early.clear()
-        self._truncate_metrics(rows)
-        self.rows = rows
+        if rows is not None:
+            self._truncate_metrics(rows)
+            self.rows = rows
 
     def __call__(self, line: str = "", *, error: bool = False) -> None:
         """Log one line (or several, separated by newlines)."""

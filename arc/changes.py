@@ -1,0 +1,492 @@
+"""Changes: transforms of a whole grid, such as turning, tiling, growing, joining, falling, restoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from arc.features import OUTSIDE, Objects, region_rim
+from arc.restore import MASKS, mirrored, repeated
+from arc.scene import Grid, Scene, Shape, Transform, crop, inside, merge_runs
+
+
+def _beside(*turns: Callable[[Grid], Grid], rows: int) -> Callable[[Grid], Grid]:
+    """Copies of the grid, each transformed, laid out in `rows` rows."""
+
+    def change(grid: Grid) -> Grid:
+        copies = [turn(grid) for turn in turns]
+        per_row = len(copies) // rows
+        return np.concatenate(
+            [np.concatenate(copies[k * per_row : (k + 1) * per_row], axis=1) for k in range(rows)], axis=0
+        )
+
+    return change
+
+
+def _same(grid: Grid) -> Grid:
+    return grid
+
+
+def _lr(grid: Grid) -> Grid:
+    return grid[:, ::-1]
+
+
+def _ud(grid: Grid) -> Grid:
+    return grid[::-1]
+
+
+def _half_turn(grid: Grid) -> Grid:
+    return grid[::-1, ::-1]
+
+
+def _square_only(change: Callable[[Grid], Grid]) -> Callable[[Grid], Grid | None]:
+    return lambda grid: change(grid) if grid.shape[0] == grid.shape[1] else None
+
+
+def _enlarged(rows: int, cols: int) -> Callable[[Grid], Grid]:
+    return lambda grid: np.repeat(np.repeat(grid, rows, 0), cols, 1)
+
+
+def _enlarged_by(counter: Callable[[Scene], int]) -> Transform:
+    def change(scene: Scene) -> Grid | None:
+        n = counter(scene)
+        return _enlarged(n, n)(scene.grid) if 1 < n and n * max(scene.grid.shape) <= 30 else None
+
+    return change
+
+
+def _shrunk(scene: Scene) -> Grid | None:
+    """Every k-th row and column, for the largest k whose k x k blocks are all uniform."""
+    height, width = scene.grid.shape
+    for k in range(min(height, width), 1, -1):
+        if height % k == 0 and width % k == 0:
+            small = scene.grid[::k, ::k]
+            if (np.repeat(np.repeat(small, k, 0), k, 1) == scene.grid).all():
+                return small
+    return None
+
+
+def _fractal(mask: Callable[[Scene], np.ndarray]) -> Transform:
+    """A copy of the grid in the place of every cell of the mask, background elsewhere."""
+
+    def change(scene: Scene) -> Grid | None:
+        height, width = scene.grid.shape
+        if max(height, width) > 5:
+            return None
+        cells = np.repeat(np.repeat(mask(scene), height, 0), width, 1)
+        return np.where(cells, np.tile(scene.grid, (height, width)), scene.background).astype(np.uint8)
+
+    return change
+
+
+def _fall(axis: int, forward: bool) -> Transform:
+    """Every foreground cell falls to the end of its row or column; order is kept."""
+
+    def change(scene: Scene) -> Grid:
+        order = np.argsort(scene.foreground if forward else ~scene.foreground, axis=axis, kind="stable")
+        return np.take_along_axis(scene.grid, order, axis=axis)
+
+    return change
+
+
+def _merged_with(*mirrors: Callable[[Grid], Grid]) -> Transform:
+    """Background cells filled from mirror images of the grid."""
+
+    def change(scene: Scene) -> Grid | None:
+        result = scene.grid
+        for mirror in mirrors:
+            image = mirror(scene.grid)
+            if image.shape != result.shape:
+                return None
+            result = np.where(result == scene.background, image, result)
+        return result
+
+    return change
+
+
+def _box_mirrored(*mirrors: Callable[[Grid], Grid]) -> Transform:
+    """The same inside the foreground's bounding box."""
+
+    def change(scene: Scene) -> Grid | None:
+        if not scene.foreground.any():
+            return None
+        rows, cols = np.flatnonzero(scene.foreground.any(1)), np.flatnonzero(scene.foreground.any(0))
+        area = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+        box, result = scene.grid[area], scene.grid.copy()
+        for mirror in mirrors:
+            image = mirror(box)
+            if image.shape != box.shape:
+                return None
+            result[area] = np.where(result[area] == scene.background, image, result[area])
+        return result
+
+    return change
+
+
+def _keep_objects(kind: str, keep: Callable[[Objects], np.ndarray]) -> Transform:
+    """Only the objects for which `keep` holds stay."""
+
+    def change(scene: Scene) -> Grid | None:
+        objects: Objects = getattr(scene.canvas, kind)
+        if not objects.count:
+            return None
+        kept = keep(objects)
+        if kept.all():
+            return None
+        plane = objects.paint(kept.astype(np.int64), 0)[0]
+        return np.where(plane == 1, scene.grid, scene.background).astype(np.uint8)
+
+    return change
+
+
+def _best(key: Callable[[Objects], np.ndarray]) -> Callable[[Objects], np.ndarray]:
+    return lambda objects: key(objects) == key(objects).max()
+
+
+def _keep_colour(rank: int) -> Transform:
+    def change(scene: Scene) -> Grid | None:
+        if len(scene.colours) < 2:
+            return None
+        return np.where(scene.grid == scene.colours[rank], scene.grid, scene.background).astype(np.uint8)
+
+    return change
+
+
+def _drop_colour(rank: int) -> Transform:
+    def change(scene: Scene) -> Grid | None:
+        if len(scene.colours) < 2:
+            return None
+        return np.where(scene.grid == scene.colours[rank], scene.background, scene.grid).astype(np.uint8)
+
+    return change
+
+
+def _joined(*lines_of_sight: tuple[int, int]) -> Transform:
+    """Background between two cells of one colour that see each other along a line takes their colour."""
+
+    def change(scene: Scene) -> Grid:
+        result = scene.grid
+        for dr, dc in lines_of_sight:
+            ahead, behind = scene.ray(dr, dc), scene.ray(-dr, -dc)
+            joined = (result == scene.background) & ~scene.foreground & (ahead == behind) & (ahead != OUTSIDE)
+            result = np.where(joined, ahead, result)
+        return result.astype(np.uint8)
+
+    return change
+
+
+def _joined_far(scene: Scene) -> Grid:
+    """Background between the first and the last cell of a colour in a row or column takes that colour."""
+    result = scene.grid.copy()
+    for colour in scene.colours:
+        mask = scene.grid == colour
+        for axis in (1, 0):
+            after = np.logical_or.accumulate(mask, axis)
+            before = np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
+            result[after & before & (result == scene.background)] = colour
+    return result
+
+
+def _extended(*steps: tuple[int, int]) -> Transform:
+    """Every foreground cell drawn on, straight, until the next foreground cell or the border."""
+
+    def change(scene: Scene) -> Grid:
+        result = scene.grid
+        for dr, dc in steps:
+            origin = scene.ray(-dr, -dc)
+            result = np.where((result == scene.background) & (origin != OUTSIDE), origin, result)
+        return result.astype(np.uint8)
+
+    return change
+
+
+def _filled(scene: Scene) -> Grid | None:
+    """Enclosed background takes the colour around it."""
+    regions = scene.canvas.regions
+    inner = (regions.colour == scene.background) & ~regions.touches
+    if not inner.any():
+        return None
+    plane = region_rim(scene.canvas)[0]
+    return np.where(regions.paint(inner.astype(np.int64), 0)[0] == 1, plane, scene.grid).astype(np.uint8)
+
+
+def _box_filled(scene: Scene) -> Grid | None:
+    """Every object's bounding box filled with its colour."""
+    shapes = scene.canvas.shapes
+    if not shapes.count:
+        return None
+    result = scene.grid.copy()
+    for index in np.argsort(-shapes.size, kind="stable"):
+        area = shapes.area(index)
+        result[area] = np.where(result[area] == scene.background, shapes.colour[index], result[area])
+    return result
+
+
+def _objects_mirrored(kind: str, mirror: Callable[[Grid], Grid]) -> Transform:
+    """Every object mirrored inside its own bounding box."""
+
+    def change(scene: Scene) -> Grid | None:
+        objects: Objects = getattr(scene.canvas, kind)
+        if not objects.count:
+            return None
+        result = scene.grid.copy()
+        for index in range(objects.count):
+            area = objects.area(index)
+            result[area] = mirror(scene.grid[area])
+        return result
+
+    return change
+
+
+def _swapped(scene: Scene) -> Grid | None:
+    """Two colours exchanged, where the grid has exactly two."""
+    colours = np.unique(scene.grid)
+    if len(colours) != 2:
+        return None
+    return np.where(scene.grid == colours[0], colours[1], colours[0]).astype(np.uint8)
+
+
+def _framed(scene: Scene) -> Grid | None:
+    """One more ring of cells around the grid, in the commonest foreground colour."""
+    return np.pad(scene.grid, 1, constant_values=scene.colours[0]) if scene.colours else None
+
+
+def _falling_objects(dr: int, dc: int) -> Transform:
+    """Every one-coloured object moves as a whole until the border or another object stops it."""
+
+    def change(scene: Scene) -> Grid | None:
+        shapes = scene.canvas.shapes
+        if not 0 < shapes.count <= 12:
+            return None
+        height, width = scene.grid.shape
+        front = {(1, 0): shapes.bottom, (-1, 0): -shapes.top, (0, 1): shapes.right, (0, -1): -shapes.left}[dr, dc]
+        order = np.argsort(-front, kind="stable")  # the foremost object moves first
+        taken = np.zeros(scene.grid.shape, bool)
+        result = np.full_like(scene.grid, scene.background)
+        for index in order:
+            own = shapes.of == index
+            rows, cols = shapes.row[own], shapes.col[own]
+            while True:
+                r, c = rows + dr, cols + dc
+                if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width or taken[r, c].any():
+                    break
+                rows, cols = r, c
+            taken[rows, cols] = True
+            result[rows, cols] = shapes.colour[index]
+        return result
+
+    return change
+
+
+def _line_majority(scene: Scene) -> Grid | None:
+    """Every row (or every column, whichever is purer) in its commonest colour."""
+    best = None
+    for view, turned in ((scene.grid, False), (scene.grid.T, True)):
+        counts = np.stack([(view == colour).sum(1) for colour in range(10)], 1)  # (lines, 10)
+        fit = int(counts.max(1).sum())
+        if best is None or fit > best[0]:
+            stripes = np.repeat(counts.argmax(1)[:, None], view.shape[1], 1).astype(np.uint8)
+            best = fit, stripes.T if turned else stripes
+    return None if best is None else best[1]
+
+
+def _outlined(diagonal: bool) -> Transform:
+    """Background next to foreground takes its colour (of several: the upper, left, right, lower, then diagonal one)."""
+
+    def change(scene: Scene) -> Grid | None:
+        padded = np.pad(np.where(scene.foreground, scene.grid, scene.background), 1, constant_values=scene.background)
+        height, width = scene.grid.shape
+        result = scene.grid.copy()
+        steps = [(0, 1), (1, 0), (1, 2), (2, 1)] + ([(0, 0), (0, 2), (2, 0), (2, 2)] if diagonal else [])
+        for r, c in steps:
+            near = padded[r : r + height, c : c + width]
+            result = np.where(result == scene.background, near, result)
+        return result
+
+    return change
+
+
+def _shapes_by(key: Callable[[Objects], np.ndarray]) -> Transform:
+    """Every object painted with a small number (1, 2, 3, ...) that tells its rank; colours come from the colour map."""
+
+    def change(scene: Scene) -> Grid | None:
+        shapes = scene.canvas.shapes
+        if shapes.count < 2:
+            return None
+        value = np.minimum(key(shapes), 8) + 1
+        return shapes.paint(value, 0)[0].astype(np.uint8)
+
+    return change
+
+
+def _sorted_lines(axis: int) -> Transform:
+    """Rows (or columns) sorted by number of foreground cells."""
+
+    def change(scene: Scene) -> Grid:
+        order = np.argsort(scene.foreground.sum(1 - axis), kind="stable")
+        return np.take(scene.grid, order, axis=axis)
+
+    return change
+
+
+def _of_grid(change: Callable[[Grid], Grid | None]) -> Transform:
+    return lambda scene: change(scene.grid)
+
+
+Reach = Callable[[Shape, Shape], bool]
+
+
+def _keeps(before: Shape, after: Shape) -> bool:
+    return before == after
+
+
+def _turns(before: Shape, after: Shape) -> bool:
+    return before == after[::-1]
+
+
+def _shrinks(before: Shape, after: Shape) -> bool:
+    return after[0] <= before[0] and after[1] <= before[1]
+
+
+def _squares(before: Shape, after: Shape) -> bool:
+    return (before[0] ** 2, before[1] ** 2) == after
+
+
+def _adds(margin: int) -> Reach:
+    return lambda before, after: (before[0] + margin, before[1] + margin) == after
+
+
+def _grows(rows: int, cols: int) -> Reach:
+    return lambda before, after: (before[0] * rows, before[1] * cols) == after
+
+
+def _multiplies(before: Shape, after: Shape) -> bool:
+    return before[0] * after[1] == before[1] * after[0] and after[0] > before[0]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A transform of a whole grid; `may(before, after)` tells whether a grid of one shape can become one of another."""
+
+    apply: Transform
+    may: Reach
+
+
+def _changes() -> tuple[dict[str, Change], tuple[str, ...]]:
+    """All changes, and the names of those that draw on the grid and keep its shape."""
+    turn_left: Callable[[Grid], Grid] = lambda g: np.rot90(g)  # noqa: E731
+    turn_right: Callable[[Grid], Grid] = lambda g: np.rot90(g, -1)  # noqa: E731
+    plain: dict[str, tuple[Callable[[Grid], Grid | None], Reach]] = {
+        "flip_cols": (_lr, _keeps),
+        "flip_rows": (_ud, _keeps),
+        "half_turn": (_half_turn, _keeps),
+        "transpose": (lambda g: g.T, _turns),
+        "anti_transpose": (lambda g: g[::-1, ::-1].T, _turns),
+        "turn_left": (turn_left, _turns),
+        "turn_right": (turn_right, _turns),
+        "twice_across": (_beside(_same, _same, rows=1), _grows(1, 2)),
+        "twice_down": (_beside(_same, _same, rows=2), _grows(2, 1)),
+        "thrice_across": (_beside(_same, _same, _same, rows=1), _grows(1, 3)),
+        "thrice_down": (_beside(_same, _same, _same, rows=3), _grows(3, 1)),
+        "two_by_two": (_beside(_same, _same, _same, _same, rows=2), _grows(2, 2)),
+        "three_by_three": (_beside(*[_same] * 9, rows=3), _grows(3, 3)),
+        "mirror_right": (_beside(_same, _lr, rows=1), _grows(1, 2)),
+        "mirror_left": (_beside(_lr, _same, rows=1), _grows(1, 2)),
+        "mirror_down": (_beside(_same, _ud, rows=2), _grows(2, 1)),
+        "mirror_up": (_beside(_ud, _same, rows=2), _grows(2, 1)),
+        "half_turn_right": (_beside(_same, _half_turn, rows=1), _grows(1, 2)),
+        "half_turn_down": (_beside(_same, _half_turn, rows=2), _grows(2, 1)),
+        "four_mirrors": (_beside(_same, _lr, _ud, _half_turn, rows=2), _grows(2, 2)),
+        "four_mirrors_in": (_beside(_half_turn, _ud, _lr, _same, rows=2), _grows(2, 2)),
+        "four_turns": (_square_only(_beside(_same, turn_right, turn_left, _half_turn, rows=2)), _grows(2, 2)),
+        "four_turns_left": (_square_only(_beside(_same, turn_left, turn_right, _half_turn, rows=2)), _grows(2, 2)),
+        "four_turns_half": (_square_only(_beside(_same, turn_left, _half_turn, turn_right, rows=2)), _grows(2, 2)),
+        "double": (_enlarged(2, 2), _grows(2, 2)),
+        "triple": (_enlarged(3, 3), _grows(3, 3)),
+        "quadruple": (_enlarged(4, 4), _grows(4, 4)),
+        "double_across": (_enlarged(1, 2), _grows(1, 2)),
+        "double_down": (_enlarged(2, 1), _grows(2, 1)),
+    }
+    changes = {name: Change(_of_grid(change), shape) for name, (change, shape) in plain.items()}
+    reshaping: dict[str, Change] = {
+        "runs": Change(lambda s: merge_runs(s.grid), _shrinks),
+        "foreground_box": Change(lambda s: crop(s.grid, s.foreground), _shrinks),
+        "inside": Change(lambda s: inside(s.grid), _adds(-2)),
+        "shrunk": Change(_shrunk, _shrinks),
+        "enlarged_by_colours": Change(_enlarged_by(lambda s: len(s.colours)), _multiplies),
+        "enlarged_by_cells": Change(_enlarged_by(lambda s: int(s.foreground.sum())), _multiplies),
+        "fractal": Change(_fractal(lambda s: s.foreground), _squares),
+        "fractal_inverse": Change(_fractal(lambda s: ~s.foreground), _squares),
+        "fractal_top": Change(_fractal(lambda s: s.grid == (s.colours[0] if s.colours else -1)), _squares),
+        "fractal_low": Change(_fractal(lambda s: s.grid == (s.colours[-1] if s.colours else -1)), _squares),
+        "framed": Change(_framed, _adds(2)),
+    }
+    same_shape: dict[str, Transform] = {
+        "swapped": _swapped,
+        "lines_majority": _line_majority,
+        "grown": _outlined(False),
+        "grown_diagonal": _outlined(True),
+        "objects_down": _falling_objects(1, 0),
+        "objects_up": _falling_objects(-1, 0),
+        "objects_right": _falling_objects(0, 1),
+        "objects_left": _falling_objects(0, -1),
+        "numbered_by_size": _shapes_by(lambda o: o.rank),
+        "numbered_by_size_up": _shapes_by(lambda o: o.rank_up),
+        "joined_star": _joined((0, 1), (1, 0), (1, 1), (1, -1)),
+        "fall_down": _fall(0, True),
+        "fall_up": _fall(0, False),
+        "fall_right": _fall(1, True),
+        "fall_left": _fall(1, False),
+        "sorted_rows": _sorted_lines(0),
+        "sorted_cols": _sorted_lines(1),
+        "sides_merged": _merged_with(_lr),
+        "ends_merged": _merged_with(_ud),
+        "mirrors_merged": _merged_with(_lr, _ud, _half_turn),
+        "transpose_merged": _merged_with(lambda g: g.T),
+        "turns_merged": _merged_with(turn_left, turn_right, _half_turn),
+        "box_sides_merged": _box_mirrored(_lr),
+        "box_ends_merged": _box_mirrored(_ud),
+        "box_mirrors_merged": _box_mirrored(_lr, _ud, _half_turn),
+        "box_turns_merged": _box_mirrored(turn_left, turn_right, _half_turn),
+        "filled": _filled,
+        "boxes_filled": _box_filled,
+        "joined_rows": _joined((0, 1)),
+        "joined_cols": _joined((1, 0)),
+        "joined": _joined((0, 1), (1, 0)),
+        "joined_far": _joined_far,
+        "joined_diagonal": _joined((1, 1), (1, -1)),
+        "extended_rows": _extended((0, 1), (0, -1)),
+        "extended_cols": _extended((1, 0), (-1, 0)),
+        "extended": _extended((0, 1), (0, -1), (1, 0), (-1, 0)),
+        "extended_down": _extended((1, 0)),
+        "extended_up": _extended((-1, 0)),
+        "extended_right": _extended((0, 1)),
+        "extended_left": _extended((0, -1)),
+        "extended_diagonal": _extended((1, 1), (-1, -1), (1, -1), (-1, 1)),
+        "shapes_flipped_cols": _objects_mirrored("shapes", _lr),
+        "shapes_flipped_rows": _objects_mirrored("shapes", _ud),
+        "clusters_flipped_cols": _objects_mirrored("clusters", _lr),
+        "clusters_flipped_rows": _objects_mirrored("clusters", _ud),
+        "without_dots": _keep_objects("shapes", lambda o: o.size > 1),
+        "dots": _keep_objects("shapes", lambda o: o.size == 1),
+        "largest_shape": _keep_objects("shapes", _best(lambda o: o.size)),
+        "largest_cluster": _keep_objects("clusters", _best(lambda o: o.size)),
+        "smallest_shape": _keep_objects("shapes", _best(lambda o: -o.size)),
+        "odd_shape": _keep_objects("shapes", _best(lambda o: -o.twin_count)),
+        "inner_shapes": _keep_objects("shapes", lambda o: ~o.touches),
+        "outer_shapes": _keep_objects("shapes", lambda o: o.touches),
+    }
+    for name, mask in MASKS.items():
+        same_shape[f"repeated_{name}"] = repeated(mask)
+        same_shape[f"mirrored_{name}"] = mirrored(mask)
+    for rank in (0, 1, -1):
+        same_shape[f"keep_colour_{rank}"] = _keep_colour(rank)
+        same_shape[f"drop_colour_{rank}"] = _drop_colour(rank)
+    changes |= reshaping
+    changes |= {name: Change(change, _keeps) for name, change in same_shape.items()}
+    return changes, tuple(same_shape)
+
+
+CHANGES, SAME_SHAPE = _changes()

@@ -1,0 +1,170 @@
+"""Programs: which whole-grid transforms reproduce a task's demonstrations, up to one fixed map of colours.
+
+Every demonstration is tried by itself: does a program's result have the output's shape, and is each of its colours
+always replaced by one colour? The answers are kept per demonstration, so that any set of demonstrations can be left
+out: a program serves a query if it fits every *usable* demonstration with colour maps that do not contradict.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from arc.changes import CHANGES
+from arc.cuts import CUTS
+from arc.scene import Grid, Scene, Shape
+
+MAX_LEFT_OUT = 3  # at most so many demonstrations are ever left out: a query, its feedback pair, the one being judged
+UNKNOWN, UNFIT = -1, -2
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A cut, and a change after it ("" for none), with its colour map on every demonstration (None: does not fit)."""
+
+    cut: str
+    change: str
+    maps: tuple[np.ndarray | None, ...]  # (10,) int64 each: what replaces a colour, UNKNOWN for one that is not there
+
+
+def colour_map(result: Grid, output: Grid) -> np.ndarray | None:
+    """The map that turns `result` into `output` colour by colour, (10,) with UNKNOWN; None where there is none."""
+    if result.shape != output.shape:
+        return None
+    present = np.bincount((result.astype(np.int64) * 10 + output).reshape(-1), minlength=100).reshape(10, 10) > 0
+    if (present.sum(1) > 1).any():
+        return None
+    return np.where(present.any(1), present.argmax(1), UNKNOWN)
+
+
+class ProgramSearch:
+    """All programs that fit enough demonstrations of a task to be of use to some query."""
+
+    def __init__(self, inputs: Sequence[Grid], outputs: Sequence[Grid], test_inputs: Sequence[Grid]):
+        self.n, self.outputs = len(outputs), list(outputs)
+        self.grids = [*inputs, *test_inputs]
+        self._scenes: dict[tuple[tuple[int, int], bytes], Scene] = {}
+        self._changed: dict[tuple[int, str], Grid | None] = {}
+        self._maps: dict[tuple[int, int], np.ndarray | None] = {}
+        self.allowed = min(MAX_LEFT_OUT, self.n - 1)  # so many demonstrations may fail
+        self._same_as: dict[str, str] = {}
+        self.cuts = self._cut_all()
+        self.programs = self._search()
+        unfit = np.full(10, UNFIT)
+        maps = [[unfit if m is None else m for m in program.maps] for program in self.programs]
+        self._map = np.array(maps, np.int64).reshape(-1, self.n, 10)  # (P, n, 10)
+        self._choices: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+
+    def _scene(self, grid: Grid) -> Scene:
+        """One scene for all equal grids, so that equal cuts are changed once."""
+        key = (grid.shape, grid.tobytes())
+        if key not in self._scenes:
+            self._scenes[key] = Scene(np.ascontiguousarray(grid))
+        return self._scenes[key]
+
+    def _cut_all(self) -> dict[str, tuple[Scene | None, ...]]:
+        """Every cut of every grid; a cut whose results all equal an earlier cut's is left out."""
+        distinct: dict[tuple[int, ...], str] = {}
+        cuts: dict[str, tuple[Scene | None, ...]] = {}
+        for name, cut in CUTS.items():
+            grids = [_legal(cut(self._scene(grid))) for grid in self.grids]
+            scenes = tuple(None if grid is None else self._scene(grid) for grid in grids)
+            self._same_as[name] = distinct.setdefault(tuple(id(scene) for scene in scenes), name)
+            if self._same_as[name] == name:
+                cuts[name] = scenes
+        return cuts
+
+    def result(self, index: int, cut: str, change: str) -> Grid | None:
+        """What the program makes of grid `index` (demonstration inputs first, then test inputs)."""
+        scene = self.cuts[self._same_as[cut]][index]
+        if scene is None or not change:
+            return None if scene is None else scene.grid
+        key = (id(scene), change)
+        if key not in self._changed:
+            self._changed[key] = _legal(CHANGES[change].apply(scene))
+        return self._changed[key]
+
+    def _search(self) -> list[Program]:
+        """Programs by order of declaration; where shapes alone rule one out it is not run."""
+        programs: list[Program] = []
+        by_shape: dict[tuple[tuple[int, int] | None, ...], list[str]] = {}
+        for name, scenes in self.cuts.items():
+            by_shape.setdefault(tuple(None if s is None else s.grid.shape for s in scenes[: self.n]), []).append(name)
+        order = {name: k for k, name in enumerate(self.cuts)}
+        for change in ("", *CHANGES):
+            may = CHANGES[change].may if change else operator.eq
+            possible = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
+            for cut in sorted(possible, key=order.__getitem__):
+                maps = self._fits(cut, change)
+                if maps is not None:
+                    programs.append(Program(cut, change, maps))
+        return programs
+
+    def _possible(self, shapes: tuple[Shape | None, ...], may: Callable[[Shape, Shape], bool]) -> bool:
+        """Whether enough demonstrations may fit, to judge by the shapes before and after."""
+        fails = 0
+        for shape, output in zip(shapes, self.outputs, strict=True):
+            fails += shape is None or not may(shape, output.shape)
+        return fails <= self.allowed
+
+    def _fits(self, cut: str, change: str) -> tuple[np.ndarray | None, ...] | None:
+        """Colour maps on all demonstrations; None as soon as too many fail for any query to use the program."""
+        failures, maps = 0, []
+        for index, output in enumerate(self.outputs):
+            result = self.result(index, cut, change)
+            maps.append(None if result is None else self._map_once(index, result, output))
+            failures += maps[-1] is None
+            if failures > self.allowed:
+                return None
+        return tuple(maps)
+
+    def _map_once(self, index: int, result: Grid, output: Grid) -> np.ndarray | None:
+        key = (index, id(result))  # results are kept, so their ids are not reused
+        if key not in self._maps:
+            self._maps[key] = colour_map(result, output)
+        return self._maps[key]
+
+    def fitting(self, usable: Sequence[int]) -> list[tuple[int, np.ndarray]]:
+        """Programs that fit all usable demonstrations, with their joint colour map (10,), the most natural first.
+
+        First those that keep every colour, then by order of declaration: plain cuts before changes.
+        """
+        key = tuple(usable)
+        if key not in self._choices:
+            maps = self._map[:, list(key)]  # (P, m, 10)
+            high = maps.max(1, initial=UNKNOWN)
+            low = np.where(maps == UNKNOWN, 99, maps).min(1, initial=99)
+            fits = (maps != UNFIT).all((1, 2)) & ((high == low) | (high == UNKNOWN)).all(1) & (len(key) > 0)
+            keeps = ((high == np.arange(10)) | (high == UNKNOWN)).all(1)
+            order = np.argsort(~keeps, kind="stable")
+            self._choices[key] = [(int(p), high[p]) for p in order if fits[p]]
+        return self._choices[key]
+
+    def size(self, index: int, usable: Sequence[int]) -> tuple[int, int] | None:
+        """Size of the first fitting program's result on a grid."""
+        for number, _ in self.fitting(usable):
+            result = self.result(index, self.programs[number].cut, self.programs[number].change)
+            if result is not None:
+                return result.shape
+        return None
+
+    def answers(self, index: int, usable: Sequence[int], size: tuple[int, int], limit: int) -> list[Grid]:
+        """Up to `limit` different answers of the given size by the fitting programs, the most natural first."""
+        found: dict[bytes, Grid] = {}
+        for number, mapping in self.fitting(usable):
+            result = self.result(index, self.programs[number].cut, self.programs[number].change)
+            if result is not None and result.shape == size:
+                answer = np.where(mapping == UNKNOWN, np.arange(10), mapping)[result].astype(np.uint8)
+                found.setdefault(answer.tobytes(), answer)
+                if len(found) == limit:
+                    break
+        return list(found.values())
+
+
+def _legal(grid: Grid | None) -> Grid | None:
+    if grid is None or min(grid.shape) < 1 or max(grid.shape) > 30:
+        return None
+    return grid

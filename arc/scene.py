@@ -1,0 +1,92 @@
+"""Scenes: a grid with the facts that whole-grid transforms ask for, and the small cuts that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+
+from arc.features import Canvas, background, first_seen
+from arc.sizes import lines, spans
+
+Grid = np.ndarray
+Shape = tuple[int, int]
+Transform = Callable[["Scene"], "Grid | None"]  # None: does not apply
+
+
+class Scene:
+    """A grid with the facts transforms ask for, each computed when first needed."""
+
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self._rays: dict[tuple[int, int], np.ndarray] = {}
+
+    @cached_property
+    def background(self) -> int:
+        return background(self.grid)
+
+    @cached_property
+    def foreground(self) -> np.ndarray:
+        return self.grid != self.background
+
+    @cached_property
+    def canvas(self) -> Canvas:
+        return Canvas([self.grid])
+
+    def ray(self, dr: int, dc: int) -> np.ndarray:
+        """Colour of the first foreground cell in a direction, OUTSIDE where there is none."""
+        if (dr, dc) not in self._rays:
+            self._rays[dr, dc] = first_seen(self.canvas, dr, dc)[0]
+        return self._rays[dr, dc]
+
+    @cached_property
+    def colours(self) -> list[int]:
+        """Foreground colours, commonest first (ties: the smaller)."""
+        counts = np.bincount(self.grid.reshape(-1), minlength=10)
+        counts[self.background] = 0
+        return [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
+
+    @cached_property
+    def panels(self) -> list[Grid]:
+        """Equal panels between full lines of one colour, in reading order; else the halves the grid falls into."""
+        rows, cols, colour = lines(self.grid)
+        if colour is None:
+            return []
+        height, width = self.grid.shape
+        cut = [self.grid[a:b, c:d] for a, b in spans(rows, height) for c, d in spans(cols, width)]
+        return cut if len(cut) > 1 and len({p.shape for p in cut}) == 1 else []
+
+    @cached_property
+    def parts(self) -> list[Grid]:
+        """The panels, or, without separators, equal square-ish parts along the longer side, or two halves."""
+        if self.panels:
+            return self.panels
+        height, width = self.grid.shape
+        if width > height and width % height == 0:
+            return np.split(self.grid, width // height, axis=1)
+        if height > width and height % width == 0:
+            return np.split(self.grid, height // width, axis=0)
+        if width >= height and width % 2 == 0:
+            return np.split(self.grid, 2, axis=1)
+        return np.split(self.grid, 2, axis=0) if height % 2 == 0 else []
+
+
+def crop(grid: Grid, mask: np.ndarray) -> Grid | None:
+    """The part of a grid inside the bounding box of a mask; None for an empty mask."""
+    if not mask.any():
+        return None
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return grid[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+
+
+def inside(grid: Grid) -> Grid | None:
+    """The grid without its outermost ring."""
+    return grid[1:-1, 1:-1] if min(grid.shape) > 2 else None
+
+
+def merge_runs(grid: Grid) -> Grid:
+    """Equal neighbouring rows and columns merged into one."""
+    rows = np.concatenate([[True], (grid[1:] != grid[:-1]).any(1)])
+    cols = np.concatenate([[True], (grid[:, 1:] != grid[:, :-1]).any(0)])
+    return grid[rows][:, cols]

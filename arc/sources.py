@@ -1,0 +1,170 @@
+"""Sources: for every output cell, a colour taken from somewhere definite (a mirror image, a ray, a panel, a constant).
+
+A source is a whole candidate output. Tables of kind "source" find out in which circumstances which source reproduces
+the demonstrations; a source has no colour (`UNAVAILABLE`) at a cell where what it points to does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from arc.changes import SAME_SHAPE
+from arc.cuts import CUTS
+from arc.features import OUTSIDE, UNAVAILABLE, OutputCells
+
+
+@dataclass(frozen=True)
+class Source:
+    """`function(output cells)` gives one colour, or UNAVAILABLE, for each output cell: (N,)."""
+
+    name: str
+    function: Callable[[OutputCells], np.ndarray]
+    meaning: str
+
+
+def _through(plane: str, anchor: str = "same") -> Callable[[OutputCells], np.ndarray]:
+    """A colour plane of the input read through an anchor."""
+
+    def source(cells: OutputCells) -> np.ndarray:
+        values = cells.read(cells.canvas.planes[plane], anchor)
+        return np.where((values >= 0) & (values < OUTSIDE), values, UNAVAILABLE)
+
+    return source
+
+
+def _moved(dr: int, dc: int) -> Callable[[OutputCells], np.ndarray]:
+    """The input cell `dr` rows down and `dc` columns right."""
+
+    def source(cells: OutputCells) -> np.ndarray:
+        rows, cols = cells.r + dr, cells.c + dc
+        inside = (rows >= 0) & (rows < cells.H) & (cols >= 0) & (cols < cells.W)
+        rows, cols = np.where(inside, rows, 0), np.where(inside, cols, 0)
+        return np.where(inside, cells.canvas.colour[cells.grid, rows, cols], UNAVAILABLE)
+
+    return source
+
+
+def _constant(colour: int) -> Callable[[OutputCells], np.ndarray]:
+    return lambda cells: np.full(len(cells), colour)
+
+
+def _ranked(rank: int) -> Callable[[OutputCells], np.ndarray]:
+    """The foreground colour of a given rank by number of cells in the grid (-1: the rarest)."""
+
+    def source(cells: OutputCells) -> np.ndarray:
+        canvas = cells.canvas
+        picks = np.full(len(canvas.grids), UNAVAILABLE)
+        for index, grid in enumerate(canvas.grids):
+            counts = np.bincount(grid.reshape(-1), minlength=10)
+            counts[canvas.background[index]] = 0
+            order = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
+            if -len(order) <= rank < len(order):
+                picks[index] = order[rank]
+        return picks[cells.grid]
+
+    return source
+
+
+def _spread(cut: str) -> Callable[[OutputCells], np.ndarray]:
+    """The one cell that a cut of one cell leaves, everywhere."""
+
+    def source(cells: OutputCells) -> np.ndarray:
+        picks = np.full(len(cells.canvas.grids), UNAVAILABLE)
+        for grid in range(len(picks)):
+            result = cells.transformed(grid, cut, "")
+            if result is not None:
+                picks[grid] = result[0, 0]
+        return picks[cells.grid]
+
+    return source
+
+
+def _whole(cut: str, change: str) -> Callable[[OutputCells], np.ndarray]:
+    """The result of a whole-grid transform, where it has the output's size."""
+
+    def source(cells: OutputCells) -> np.ndarray:
+        values = np.full(len(cells), UNAVAILABLE, np.uint8)
+        for number, (grid, height, width) in enumerate(cells.items):
+            result = cells.transformed(grid, cut, change)
+            if result is not None and result.shape == (height, width):
+                values[cells.slice(number)] = result.reshape(-1)
+        return values
+
+    return source
+
+
+def _declare() -> tuple[Source, ...]:
+    sources = [Source("input", _through("colour"), "the input cell at the same place")]
+    for anchor, meaning in (
+        ("flip_cols", "mirrored left to right"),
+        ("flip_rows", "mirrored top to bottom"),
+        ("half_turn", "turned by 180 degrees"),
+        ("transpose", "mirrored at the main diagonal"),
+        ("anti_transpose", "mirrored at the other diagonal"),
+        ("turn_left", "turned left"),
+        ("turn_right", "turned right"),
+        ("scale", "stretched or shrunk to the output's size"),
+        ("tile", "repeated"),
+        ("fold", "repeated with every other copy mirrored"),
+        ("fold_far", "repeated with every other copy mirrored, starting with a mirrored one"),
+        ("end", "aligned at the bottom right"),
+        ("centre", "aligned at the centre"),
+    ):
+        sources.append(Source(f"input_{anchor}", _through("colour", anchor), f"the input {meaning}"))
+    sources.append(Source("background", lambda cells: cells.canvas.background[cells.grid], "the background colour"))
+    for plane, meaning in (
+        ("north", "first foreground colour above"),
+        ("south", "first foreground colour below"),
+        ("west", "first foreground colour to the left"),
+        ("east", "first foreground colour to the right"),
+        ("north_west", "first foreground colour up the diagonal to the left"),
+        ("north_east", "first foreground colour up the diagonal to the right"),
+        ("south_west", "first foreground colour down the diagonal to the left"),
+        ("south_east", "first foreground colour down the diagonal to the right"),
+        ("between_rows", "the colour met both above and below"),
+        ("between_cols", "the colour met both left and right"),
+        ("row_flat", "the one colour of the whole row"),
+        ("col_flat", "the one colour of the whole column"),
+        ("cluster_top", "commonest colour of the cell's cluster"),
+        ("cluster_low", "rarest colour of the cell's cluster"),
+        ("cluster_other", "the cluster's commonest colour other than the cell's"),
+        ("region_rim", "commonest colour around the cell's region"),
+        ("row_top", "commonest foreground colour of the row"),
+        ("col_top", "commonest foreground colour of the column"),
+        ("row_first", "the first cell of the row"),
+        ("row_last", "the last cell of the row"),
+        ("col_first", "the first cell of the column"),
+        ("col_last", "the last cell of the column"),
+        ("nearest_colour", "colour of the nearest foreground cell in the four directions"),
+    ):
+        sources.append(Source(plane, _through(plane), meaning))
+    for rank in (0, 1, 2, -1, -2):
+        sources.append(Source(f"ranked_{rank}", _ranked(rank), f"the foreground colour of rank {rank} in the grid"))
+    for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)):
+        sources.append(Source(f"moved_{dr}_{dc}", _moved(dr, dc), f"the input cell {dr} down and {dc} to the right"))
+    for colour in range(10):
+        sources.append(Source(f"colour_{colour}", _constant(colour), f"colour {colour}"))
+    for name in SAME_SHAPE:
+        sources.append(Source(f"changed_{name}", _whole("all", name), f"the input changed by {name}"))
+    for name in CUTS:
+        if name.startswith("colour_of_"):
+            sources.append(Source(name, _spread(name), f"the {name.replace('_', ' ')} object of the input"))
+    for name in CUTS:
+        if name != "all":
+            sources.append(Source(f"cut_{name}", _whole(name, ""), f"the part of the input cut out by {name}"))
+    return tuple(sources)
+
+
+SOURCES = _declare()
+NUM_SOURCES = len(SOURCES)
+
+
+def source_values(cells: OutputCells) -> np.ndarray:
+    """Every source at every output cell: (S, N) uint8."""
+    values = np.empty((NUM_SOURCES, len(cells)), np.uint8)
+    for index, source in enumerate(SOURCES):
+        values[index] = source.function(cells)
+    return values

@@ -1,0 +1,292 @@
+"""The command line: what is wrong is said in one line that names it, with exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SCRIPT, command, everything_below
+
+from trainloop_complete_with_fixes import build_parser, main, parse_arguments
+
+Refused = Callable[..., str]
+
+GRID = [[0, 1], [2, 3]]
+TASK = {"train": [{"input": GRID, "output": GRID}, {"input": GRID, "output": GRID}], "test": [{"input": GRID}]}
+
+
+def task_with(grid: Any) -> str:
+    """JSON of a task whose second demonstration pair has `grid` as its output."""
+    return json.dumps({**TASK, "train": [TASK["train"][0], {"input": GRID, "output": grid}]})
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a good task in it and a file where one may want a folder; also the place of the default
+    cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "task.json").write_text(json.dumps(TASK))
+    (tmp_path / "a_file").write_text("in the way")
+    return tmp_path
+
+
+@pytest.fixture
+def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """`refused(*flags)`: the one line that main says to these flags, without its "error: "; checks everything else
+    that a refusal promises."""
+
+    def run(*flags: str) -> str:
+        before = everything_below(workplace)
+        try:
+            code: object = main(["--device", "cpu", "--qwen", "tiny", "--data", "task.json", *flags])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, ""), err
+        assert err.endswith("\n") and err.count("\n") == 1, err
+        assert err.startswith("error: ")
+        assert everything_below(workplace) == before
+        return err.removeprefix("error: ").removesuffix("\n")
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# flags
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        # unknown flags; abbreviations are none
+        (["--no_such_flag"], ["--no_such_flag"]),
+        (["--epoch", "3"], ["--epoch"]),
+        (["stray"], ["stray"]),
+        # unknown values
+        (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
+        (["--amp", "fp8"], ["--amp", "'fp8'", "bf16"]),
+        (["--augment", "rotate"], ["--augment", "'rotate'"]),
+        (["--qwen_tune", "half"], ["--qwen_tune", "'half'"]),
+        (["--policy_objective", "ppo"], ["--policy_objective", "'ppo'", "rloo"]),
+        (["--val_splits", "test"], ["--val_splits", "'test'"]),
+        (["--val_splits", "seed,seed"], ["--val_splits"]),
+        (["--ablate", "8"], ["--ablate", "'8'"]),
+        (["--ablate", "one"], ["--ablate", "'one'"]),
+        # numbers out of range, and what is no number
+        (["--epochs", "-1"], ["--epochs", "'-1'"]),
+        (["--epochs", "0"], ["--epochs", "'0'"]),
+        (["--batch_size", "-8"], ["--batch_size", "'-8'"]),
+        (["--time_budget", "-5"], ["--time_budget", "'-5'"]),
+        (["--agent_lr=-0.1"], ["--agent_lr", "'-0.1'"]),
+        (["--qwen_lr", "0"], ["--qwen_lr", "'0'"]),
+        (["--grad_clip", "inf"], ["--grad_clip", "'inf'"]),
+        (["--policy_lr", "nan"], ["--policy_lr", "'nan'"]),
+        (["--epochs", "two"], ["--epochs", "'two'"]),
+        (["--epochs", "1.5"], ["--epochs", "'1.5'"]),
+        (["--seed", str(2**31)], ["--seed"]),
+        # values forgotten
+        (["--epochs"], ["--epochs"]),
+        (["--output_dir", "--quiet"], ["--output_dir"]),
+        # flags that do not go together
+        (["--agent_width", "20", "--agent_heads", "3"], ["--agent_width 20", "--agent_heads"]),
+        (["--views", "8", "--batch_size", "4"], ["--views 8", "--batch_size 4"]),
+        (["--eval_only"], ["--eval_only", "--resume"]),
+    ],
+)
+def test_bad_flags(flags: list[str], names: list[str], refused: Refused) -> None:
+    line = refused(*flags)
+    for name in names:
+        assert name in line
+
+
+def test_all_problems_in_one_line(refused: Refused) -> None:
+    line = refused(
+        *("--epochs", "-1", "--amp", "fp8", "--nonsense", "--views", "9", "--batch_size", "4", "--eval_only"),
+        *("--output_dir", "a_file", "--cache_dir", "a_file/cache", "--seed", "x", "--val_splits", "train"),
+    )
+    named = ("--epochs", "--amp", "--nonsense", "--views", "--eval_only", "--output_dir", "--cache_dir", "--seed")
+    for name in (*named, "--val_splits"):
+        assert line.count(name) == 1, f"{name} in {line!r}"
+
+
+def test_every_numeric_flag_is_checked(refused: Refused) -> None:
+    """Words, infinities and negative numbers for all of them; with one line that names each."""
+    numeric = [flag for flag, value in flags_with_defaults().items() if type(value) in (int, float)]
+    assert len(numeric) > 25 and "--epochs" in numeric and "--w_risk" in numeric and "--backup_quota_gb" in numeric
+    for bad in ("many", "inf", "-0.5"):
+        line = refused(*(f"{flag}={bad}" for flag in numeric))
+        assert [flag for flag in numeric if f"{flag}: '{bad}'" not in line] == []
+
+
+def test_line_breaks_in_a_flag_stay_in_the_line(refused: Refused) -> None:
+    assert "two" in refused("--one\ntwo")
+    assert "two" in refused("--data", "one\ntwo")
+    assert "two" in refused("--epochs", "one\ntwo")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(refused: Refused) -> None:
+    line = refused("--device", "cuda")
+    assert "--device cuda" in line and "--device cpu" in line  # what is wrong, and the way out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data, models, folders
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (task_with([[0, 1], [2]]), ["bad.json", "train pair 1", "row 1"]),  # ragged
+        (task_with([[0, 10]]), ["bad.json", "train pair 1", "10"]),
+        (task_with([[0, -1]]), ["bad.json", "train pair 1", "-1"]),
+        (task_with([[0, "1"]]), ["bad.json", "train pair 1", "'1'"]),
+        (task_with([]), ["bad.json", "train pair 1", "empty"]),
+        (task_with([[0]] * 31), ["bad.json", "train pair 1", "31"]),
+        (task_with(GRID)[:-9], ["bad.json", "JSON"]),  # broken off
+        (json.dumps({"train": TASK["train"]}), ["bad.json", "test"]),
+        ("", ["bad.json"]),
+    ],
+)
+def test_bad_data(content: str, words: list[str], refused: Refused, workplace: Path) -> None:
+    (workplace / "bad.json").write_text(content)
+    line = refused("--data", "bad.json")
+    for word in words:
+        assert word in line
+
+
+def test_all_problems_of_the_data_in_one_line(refused: Refused, workplace: Path) -> None:
+    folder = workplace / "tasks"
+    folder.mkdir()
+    for name, content in {"ragged": task_with([[0], [1, 2]]), "colour": task_with([[10]]), "broken": "{"}.items():
+        (folder / f"{name}.json").write_text(content)
+    line = refused("--data", "tasks")
+    for name in ("ragged.json", "colour.json", "broken.json"):
+        assert name in line
+
+
+def test_data_that_are_not_there(refused: Refused, workplace: Path) -> None:
+    (workplace / "empty").mkdir()
+    (workplace / "evaluation").mkdir()
+    (workplace / "evaluation" / "task.json").write_text(json.dumps(TASK))
+    for spec in ("missing.json", "missing/folder", "empty"):
+        assert spec in refused("--data", spec)
+    assert "no training tasks" in refused("--data", "evaluation")
+    assert "empty" in refused("--val_splits", "unseen", "--unseen", "empty")
+    assert "--unseen task.json" in refused("--val_splits", "seed,unseen", "--unseen", "task.json")
+
+
+def test_models_that_are_not_there(refused: Refused, workplace: Path) -> None:
+    (workplace / "no_model").mkdir()
+    for spec in ("nonsense", "./missing", "no_model", "a_file"):
+        line = refused("--qwen", spec)
+        assert "--qwen" in line and spec in line
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir", "--backup_dir"])
+@pytest.mark.parametrize("folder", ["a_file", "a_file/run"])
+def test_folders_that_cannot_be_written(flag: str, folder: str, refused: Refused) -> None:
+    line = refused(flag, folder)
+    assert flag in line and "a_file" in line
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the same in a process of its own
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epochs", "-1", "--amp", "fp8", "--nonsense"], ["--epochs", "--amp", "--nonsense"]),
+        (["--data", "bad.json", "--device", "cpu"], ["bad.json", "train pair 1", "row 1"]),
+    ],
+)
+def test_refusal_seen_from_outside(flags: list[str], words: list[str], workplace: Path) -> None:
+    (workplace / "bad.json").write_text(task_with([[0, 1], [2]]))
+    before = everything_below(workplace)
+    code, out, err = command(flags, workplace)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1  # so there is no traceback either
+    for word in words:
+        assert word in err
+    assert everything_below(workplace) == before
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# help, notebooks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flags_with_defaults() -> dict[str, Any]:
+    """Every flag but --help, with its default."""
+    return {action.option_strings[-1]: action.default for action in build_parser()._actions[1:]}
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    promised = (
+        "epochs batch_size max_batches device seed agent_lr qwen_lr policy_lr grad_clip grad_accum amp ablate data "
+        "augment qwen qwen_tune gradient_checkpointing output_dir resume save_every keep backup_dir eval_only strict "
+        "quiet time_budget policy_objective"
+    )
+    listed = re.findall(r"^  --(\w+)", out, re.MULTILINE)
+    assert sorted(set(promised.split()) - set(listed)) == []
+    assert len(listed) == len(set(listed))
+
+
+def test_every_flag_is_explained() -> None:
+    for action in build_parser()._actions:
+        assert action.help and len(action.help) > 4, action.option_strings
+
+
+def test_every_default_may_be_given_by_hand() -> None:
+    flags = flags_with_defaults()
+    given = [f"{flag}={value}" for flag, value in flags.items() if type(value) in (int, float, str)]
+    assert len(given) > 40
+    args, _ = parse_arguments(given)
+    assert vars(args) == vars(parse_arguments([])[0])
+
+
+def test_defaults_of_the_design() -> None:
+    args, given = parse_arguments([])
+    assert given == set()
+    assert (args.epochs, args.grad_clip, args.save_every, args.keep) == (20, 1.0, 50, 5)
+    assert (args.data, args.device, args.amp, args.qwen, args.qwen_tune) == ("arcagi2", "auto", "auto", "auto", "full")
+    assert (args.resume, args.policy_objective, args.output_dir) == (None, "expected", None)
+    assert parse_arguments(["--resume"])[0].resume == "latest"
+
+
+def test_arguments_of_a_notebooks_kernel_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = ["/usr/lib/python3/dist-packages/ipykernel_launcher.py", "-f", "/root/.local/share/kernel-1.json"]
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setattr(sys, "argv", launcher)
+    args, given = parse_arguments(None)
+    assert given == set() and vars(args) == vars(parse_arguments([])[0])
+    # A script's arguments are its own, whether or not something has imported ipykernel.
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--epochs", "7"])
+    assert parse_arguments(None)[0].epochs == 7
+    monkeypatch.delitem(sys.modules, "ipykernel")
+    assert parse_arguments(None)[0].epochs == 7
+
+
+def test_the_script_can_be_pasted_into_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell has no `__file__` and is no module on disk."""
+    cell = types.ModuleType("cell")
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    assert "__file__" not in vars(cell)
+    exec(compile(SCRIPT.read_text(encoding="utf-8"), "<cell>", "exec"), vars(cell))
+    assert cell.parse_arguments([])[0].epochs == 20

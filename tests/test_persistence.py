@@ -1,0 +1,758 @@
+"""model_persistence.py in ordinary use: what goes in comes out, which checkpoints stay, who may write, the commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import model_persistence as mp
+from benchmarks.persistence import fail_at, fill, hooked, left_overs, make_frozen, make_state, quiet, same
+from model_persistence import ModelPersistence, PersistenceError, find_newest_run, main, setup_drive_backup
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "a"
+
+
+@pytest.fixture
+def persistence(run: Path) -> Iterator[ModelPersistence]:
+    with ModelPersistence(run, log=quiet) as opened:
+        yield opened
+
+
+def round_trip(folder: Path, extra: Any, background: bool = True) -> Any:
+    """`extra` saved and loaded as the tree of that group."""
+    with ModelPersistence(folder, log=quiet, background=background) as persistence:
+        persistence.save({"extra": extra}, step=1, wait=True)
+        return persistence.load().state["extra"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what goes in comes out
+# --------------------------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+DTYPES += [torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64]
+DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2]
+NUMPY_TYPES = ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8"]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Any bits in any dtype and shape (0-dim and empty too), contiguous or seen through a transpose or a step."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    size = math.prod(shape) * dtype.itemsize
+    data = draw(st.binary(min_size=size, max_size=size))
+    if dtype is torch.bool:
+        data = bytes(byte & 1 for byte in data)
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone() if size else torch.empty(0, dtype=torch.uint8)
+    tensor = flat.view(dtype).reshape(shape)
+    if tensor.dim() and draw(st.booleans()):
+        return tensor.transpose(0, -1)
+    return tensor[::2] if tensor.dim() and draw(st.booleans()) else tensor
+
+
+def arrays() -> st.SearchStrategy[np.ndarray]:
+    def make(kind: str, shape: list[int], seed: int, fortran: bool) -> np.ndarray:
+        raw = np.random.default_rng(seed).integers(0, 2, size=shape)
+        return np.asarray(raw.astype(kind), order="F" if fortran else "C")
+
+    shapes = st.lists(st.integers(0, 3), max_size=3)
+    return st.builds(make, st.sampled_from(NUMPY_TYPES), shapes, st.integers(0, 99), st.booleans())
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), tensors(), arrays(),
+    st.floats(width=32).map(np.float32), st.booleans().map(np.bool_),
+)  # fmt: skip
+AWKWARD_KEYS = ["0", "a/b", "__metadata__", "", "~2", "T"]
+KEYS = st.one_of(st.text(max_size=6), st.integers(-3, 300), st.sampled_from(AWKWARD_KEYS))
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple), st.dictionaries(KEYS, inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_any_tree_comes_back_bit_for_bit(run: Path, background: bool) -> None:
+    with ModelPersistence(run, log=quiet, keep=1, background=background) as persistence:
+
+        @settings(max_examples=100)
+        @given(tree=TREES)
+        def check(tree: Any) -> None:
+            state = {"model": {"a": tree}, "optim": [tree], "extra": tree}
+            persistence.save(state, step=1)
+            assert same(persistence.load().state, state)
+
+        check()
+
+
+def test_a_background_save_is_the_same_as_a_foreground_one(tmp_path: Path) -> None:
+    state = make_state(3)
+    for background in (True, False):
+        with ModelPersistence(tmp_path / str(background), log=quiet, background=background) as persistence:
+            persistence.save(state, step=3, metrics={"accuracy_delta": math.nan}, frozen=make_frozen(), wait=True)
+    for name in ("model", "optim", "extra", "frozen"):
+        files = [tmp_path / str(b) / "step-000000003" / f"{name}.safetensors" for b in (True, False)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_optimizer_and_random_states_survive(run: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"optim": optimizer.state_dict(), "np": np.random.get_state(), "py": random.getstate()}
+    state["torch"] = torch.get_rng_state()
+    back = round_trip(run, state)
+    assert same(back, state)
+    optimizer.load_state_dict(back["optim"])
+    np.random.set_state(back["np"])
+    random.setstate(back["py"])
+
+
+def test_an_ordered_dict_comes_back_as_a_dict(run: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    assert isinstance(model.state_dict(), OrderedDict)
+    back = round_trip(run, model.state_dict())
+    assert type(back) is dict and list(back) == ["weight", "bias"]
+    model.load_state_dict(back)
+
+
+def test_tied_tensors_are_stored_once_and_come_back_tied(run: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(100, 100))
+    array = np.arange(1000.0)
+    state = {"model": {"a": {"w": weight}, "b": {"w": weight.detach()}}, "extra": {"w": weight, "x": array, "y": array}}
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(state, step=1, wait=True)
+        checkpoint = persistence.load()
+    model, extra = checkpoint.state["model"], checkpoint.state["extra"]
+    assert model["a"]["w"] is model["b"]["w"] is extra["w"] and extra["x"] is extra["y"]
+    assert checkpoint.manifest["aliases"] == {
+        "model/b/w": "model/a/w", "extra/w": "model/a/w", "extra/y": "extra/x"
+    }  # fmt: skip
+    assert sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")) < 40_000 + 8_000 + 1_000
+
+
+def test_equal_or_overlapping_tensors_are_not_tied(run: Path) -> None:
+    base = torch.arange(6.0)
+    tree = [base, base.clone(), base[:3], base[3:], base.view(2, 3), base.view(2, 3).t(), torch.empty(0)]
+    tree.append(torch.empty(0))
+    back = round_trip(run, tree)
+    assert same(back, tree)
+    assert len({id(tensor) for tensor in back}) == len(tree)
+    assert len({tensor.data_ptr() for tensor in back[:6]}) == 6
+
+
+def test_a_save_is_a_snapshot(run: Path) -> None:
+    weight, numbers = torch.zeros(200_000), [1, 2]
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save({"model": {"a": weight}, "extra": numbers}, step=1)
+        weight.fill_(1.0)
+        numbers.append(3)
+        checkpoint = persistence.load()
+    assert not checkpoint.state["model"]["a"].any() and checkpoint.state["extra"] == [1, 2]
+
+
+def test_host_buffers_are_reused(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        places = []
+        for step, size in enumerate((1000, 1000, 400, 1000)):
+            persistence.save({"model": {"w": torch.full((size,), float(step))}}, step=step, wait=True)
+            places.append(persistence._host["model"].data_ptr())
+            assert persistence.load().state["model"]["w"].tolist() == [float(step)] * size
+    assert len(set(places)) == 1
+
+
+def test_without_memory_for_a_copy_the_save_waits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mp, "_host_memory_available", lambda: 10)
+    lines: list[str] = []
+    with ModelPersistence(run, log=lines.append) as persistence:
+        persistence.save(make_state(1), step=1)
+        assert persistence._thread is None
+        assert same(persistence.load().state, make_state(1))
+    assert any("training waits" in line for line in lines)
+
+
+class Odd:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("tree", "place"),
+    [
+        ({"a": [1, Odd()]}, "extra/a/1"),
+        ({"a": {1.5: 1}}, "extra/a"),
+        ({True: 1}, "extra"),
+        ({"s": {1, 2}}, "extra/s"),
+        ({"b": b"x"}, "extra/b"),
+        ({"f": len}, "extra/f"),
+        ({"t": torch.zeros(2).to_sparse()}, "extra/t"),
+        ({"m": torch.zeros(2, device="meta")}, "extra/m"),
+        ({"z": torch.zeros(2, dtype=torch.complex128)}, "extra/z"),
+        ({"o": np.array(["x"], dtype=object)}, "extra/o"),
+        ({"u": np.array(["x"])}, "extra/u"),
+        ({"e": np.zeros(2, dtype=">f4")}, "extra/e"),
+        ({"n": np.ma.masked_array([1, 2], [False, True])}, "extra/n"),
+        ({"i": 1 << 5000}, "extra/i"),
+        ({"size": torch.Size([1])}, "extra/size"),
+    ],
+)
+def test_what_cannot_be_saved_is_named_and_nothing_is_written(
+    run: Path, persistence: ModelPersistence, tree: Any, place: str
+) -> None:
+    with pytest.raises(PersistenceError, match=rf"^state: {place} is ") as caught:
+        persistence.save({"extra": tree}, step=1)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(run)) == ["LOCK"]
+
+
+def test_a_tree_that_contains_itself_is_refused(persistence: ModelPersistence) -> None:
+    tree: list[Any] = []
+    tree.append(tree)
+    with pytest.raises(PersistenceError, match="nested deeper"):
+        persistence.save({"extra": tree}, step=1)
+
+
+@pytest.mark.parametrize("state", [{}, {"weights": {}}, {"model": {}, "loss": 1.0}, [1]])
+def test_unknown_groups_are_refused(persistence: ModelPersistence, state: Any) -> None:
+    with pytest.raises(PersistenceError, match="model, optim, extra"):
+        persistence.save(state, step=1)
+
+
+@pytest.mark.parametrize("step", [-1, 10**9, 1.0, True, "3"])
+def test_a_step_out_of_range_is_refused(persistence: ModelPersistence, step: Any) -> None:
+    with pytest.raises(PersistenceError, match="^step: "):
+        persistence.save(make_state(1), step=step)
+
+
+def test_files_are_plain_safetensors_both_ways(run: Path, tmp_path: Path) -> None:
+    state = make_state(5)
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(state, step=5, wait=True)
+        path = persistence.latest()
+    assert path is not None
+    ours = load_file(path / "model.safetensors")
+    assert same(ours["agent/weight"], state["model"]["agent"]["weight"])
+    assert set(ours) == {"agent/weight", "agent/half", "agent/mask", "qwen/embed", "qwen/empty"}
+    theirs = {"b": torch.randn(3).bfloat16(), "a": torch.tensor(7), "e": torch.empty(0, 2), "m": torch.ones(5).bool()}
+    save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    data = (tmp_path / "theirs.safetensors").read_bytes()
+    spec = mp._FileSpec(len(data), mp.hashlib.sha256(data).hexdigest())
+    read = mp._read_safetensors(tmp_path / "theirs.safetensors", spec)
+    assert same(dict(sorted(read.items())), dict(sorted(theirs.items())))
+
+
+def test_the_manifest_is_strict_json(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save({"extra": [math.nan, -math.inf, -0.0, 1e300]}, step=1, metrics={"loss": math.nan}, wait=True)
+        back = persistence.load()
+    text = (run / "step-000000001" / "manifest.json").read_text("ascii")
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the manifest"))
+    assert same(back.state["extra"], [math.nan, -math.inf, -0.0, 1e300]) and math.isnan(back.metrics["loss"])
+
+
+def test_estimate_bytes_is_what_a_checkpoint_takes(run: Path) -> None:
+    state, frozen = make_state(1, 200), make_frozen(100)
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(state, step=1, frozen=frozen, wait=True)
+    size = sum(path.stat().st_size for path in (run / "step-000000001").iterdir())
+    assert 0 <= size - ModelPersistence.estimate_bytes(state, frozen) < 1000
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# frozen tensors
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_tensors_are_stored_once_and_survive_rotation(run: Path) -> None:
+    weight = torch.randn(64, 64)
+    frozen = {"qwen/embed": weight, "qwen/head": weight, "qwen/norm": torch.ones(3)}
+    with ModelPersistence(run, keep=2, log=quiet) as persistence:
+        for step in range(1, 6):
+            persistence.save(make_state(step), step=step, frozen=frozen, wait=True)
+        checkpoint = persistence.load()
+    assert same(checkpoint.frozen, frozen) and "frozen" not in checkpoint.state
+    assert checkpoint.frozen["qwen/embed"] is checkpoint.frozen["qwen/head"]
+    (blob,) = (run / "blobs").iterdir()
+    assert blob.stat().st_nlink == 3 and blob.stat().st_size < 17_000  # blobs/ and two checkpoints
+
+
+def test_changed_frozen_tensors_are_noticed_and_the_old_ones_go(run: Path) -> None:
+    frozen = {"q": torch.zeros(10)}
+    with ModelPersistence(run, keep=1, log=quiet) as persistence:
+        persistence.save(make_state(1), step=1, frozen=frozen, wait=True)
+        frozen["q"].add_(1)
+        persistence.save(make_state(2), step=2, frozen=frozen, wait=True)
+        assert persistence.load().frozen["q"].tolist() == [1.0] * 10
+        assert len(list((run / "blobs").iterdir())) == 1
+        persistence.save(make_state(3), step=3, wait=True)
+        assert list((run / "blobs").iterdir()) == [] and persistence.load().frozen == {}
+
+
+def test_a_damaged_blob_is_replaced_by_the_next_process(run: Path) -> None:
+    fill(run, 1)
+    (blob,) = (run / "blobs").iterdir()
+    blob.write_bytes(bytes(blob.stat().st_size))
+    with ModelPersistence(run, log=quiet) as persistence:
+        with pytest.raises(PersistenceError, match="none of"):
+            persistence.load()
+        persistence.save(make_state(2), step=2, frozen=make_frozen(), wait=True)
+        assert same(persistence.load().frozen, make_frozen())
+        assert persistence.load(run / "step-000000001").step == 1  # by the new blob: its own link is damaged
+
+
+def test_frozen_tensors_without_hard_links(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    fill(run, 7)
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert same(persistence.load().frozen, make_frozen())
+        best = persistence.load("best")
+        assert best.step == 7 and same(best.state, make_state(7))
+    assert not (run / "step-000000007" / "frozen.safetensors").exists() and len(list((run / "blobs").iterdir())) == 1
+
+
+def test_frozen_must_be_tensors(persistence: ModelPersistence) -> None:
+    with pytest.raises(PersistenceError, match="frozen/q is a int, not a tensor"):
+        persistence.save(make_state(1), step=1, frozen={"q": 3})  # type: ignore[dict-item]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# which checkpoints there are
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_saving_a_step_again_replaces_it(run: Path, persistence: ModelPersistence) -> None:
+    for version in (1, 2):
+        persistence.save(make_state(version), step=50, metrics={"accuracy_delta": version}, wait=True)
+        assert same(persistence.load().state, make_state(version))
+        assert same(persistence.load("best").state, make_state(version))
+    assert sorted(os.listdir(run)) == ["LOCK", "best-accuracy_delta", "step-000000050"]
+
+
+def test_ties_and_nan_keep_the_earlier_best(persistence: ModelPersistence) -> None:
+    for step, value in enumerate([math.nan, 0.5, 0.5, math.nan, -math.inf, math.inf, 0.4]):
+        persistence.save(make_state(step), step=step, metrics={"val_accuracy": value}, wait=True)
+    assert persistence.load("best").step == 1
+    assert persistence.best() is None and persistence.best("val_accuracy") is not None
+    with pytest.raises(ValueError, match="loss"):
+        persistence.best("loss")
+
+
+def test_best_by_accuracy_delta_comes_before_best_by_validation(persistence: ModelPersistence) -> None:
+    for step, (delta, accuracy) in enumerate([(0.1, 0.9), (0.3, 0.1), (0.2, 0.5)]):
+        metrics = {"accuracy_delta": delta, "val_accuracy": accuracy}
+        persistence.save(make_state(step), step=step, metrics=metrics, wait=True)
+    assert persistence.load("best").step == 1
+    assert persistence.load(persistence.best("val_accuracy") or "").step == 0
+
+
+def test_without_a_best_the_latest_is_used_and_said(run: Path) -> None:
+    lines: list[str] = []
+    with ModelPersistence(run, log=lines.append) as persistence:
+        persistence.save(make_state(1), step=1)
+        assert persistence.load("best").step == 1
+    assert any("no best checkpoint" in line for line in lines)
+
+
+def test_after_going_back_the_new_branch_is_the_latest(run: Path) -> None:
+    fill(run, 6)
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert persistence.load(run / "step-000000003").step == 3
+        persistence.save(make_state(104), step=4, metrics={"accuracy_delta": 0}, wait=True)
+        assert same(persistence.load().state, make_state(104))
+        persistence.save(make_state(105), step=5, metrics={"accuracy_delta": 0}, wait=True)
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert persistence.load().step == 5 and persistence.load("best").step == 6
+        for step in range(6, 9):
+            persistence.save(make_state(100 + step), step=step, wait=True)
+        assert same(persistence.load("best").state, make_state(6))
+    assert sorted(path.name for path in run.glob("step-*")) == [f"step-{step:09d}" for step in range(4, 9)]
+
+
+def test_a_best_that_a_kill_prevented_is_made_at_the_next_start(run: Path) -> None:
+    fill(run, 3)
+    for name in list(os.listdir(run / "best-accuracy_delta")):
+        (run / "best-accuracy_delta" / name).unlink()
+    (run / "best-accuracy_delta").rmdir()
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert persistence.load(persistence.best() or "").step == 3
+
+
+def test_corrupt_checkpoints_are_set_aside_by_name_and_kept(run: Path) -> None:
+    fill(run, 3)
+    (run / "step-000000003" / "optim.safetensors").write_bytes(b"")
+    (run / "step-000000002" / "manifest.json").unlink()
+    lines: list[str] = []
+    with ModelPersistence(run, log=lines.append) as persistence:
+        assert persistence.load().step == 1
+    assert sorted(name[:19] for name in os.listdir(run) if name.startswith(".bad-")) == [
+        ".bad-step-000000002", ".bad-step-000000003"
+    ]  # fmt: skip
+    text = "\n".join(lines)
+    assert "step-000000003 is corrupt (optim.safetensors has 0 bytes" in text
+    assert "step-000000002 is corrupt (manifest.json is missing)" in text
+
+
+def test_if_nothing_is_valid_that_is_an_error(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        with pytest.raises(PersistenceError, match="there is none yet"):
+            persistence.load()
+        persistence.save(make_state(1), step=1, wait=True)
+        (run / "step-000000001" / "extra.safetensors").unlink()
+        with pytest.raises(PersistenceError, match="none of 1 is valid"):
+            persistence.load()
+
+
+def test_an_explicit_path_is_loaded_or_refused(run: Path, tmp_path: Path) -> None:
+    fill(run, 3)
+    with ModelPersistence(tmp_path / "other", log=quiet) as persistence:
+        assert persistence.load(run / "step-000000002").step == 2
+        assert persistence.load(str(run / "best-accuracy_delta")).step == 3
+        (run / "step-000000002" / "model.safetensors").write_bytes(b"x")
+        with pytest.raises(PersistenceError, match=r"step-000000002 can't be loaded: model.safetensors has 1 bytes"):
+            persistence.load(run / "step-000000002")
+        for path in (tmp_path / "nowhere", run / "LOCK"):
+            with pytest.raises(PersistenceError, match="not a checkpoint folder"):
+                persistence.load(path)
+        with pytest.raises(PersistenceError, match="manifest.json is missing"):
+            persistence.load(run)
+    assert (run / "step-000000002").is_dir()
+
+
+def test_reading_only_changes_nothing(run: Path) -> None:
+    fill(run, 3)
+    (run / "step-000000003" / "optim.safetensors").write_bytes(b"")
+    (run / ".tmp-000000004-x").mkdir()
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in run.rglob("*"))
+    with ModelPersistence(run, read_only=True, log=quiet) as reader:
+        assert reader.load().step == 2 and reader.latest() == run / "step-000000002"
+        assert {info.kind for info in reader.inspect()} == {"step", "best", "unfinished"}
+        with pytest.raises(PersistenceError, match="read-only"):
+            reader.save(make_state(1), step=1)
+    assert before == sorted((str(path), path.stat().st_mtime_ns) for path in run.rglob("*"))
+    with pytest.raises(PersistenceError, match="not a folder"):
+        ModelPersistence(run / "nowhere", read_only=True)
+
+
+def test_the_newest_run_is_the_one_saved_last(tmp_path: Path) -> None:
+    assert find_newest_run(tmp_path / "runs") is None
+    for name in ("z", "a", "m"):
+        fill(tmp_path / "runs" / name, 1)
+    (tmp_path / "runs" / "zz_no_checkpoint").mkdir()
+    (tmp_path / "runs" / "file").touch()
+    assert find_newest_run(tmp_path / "runs") == tmp_path / "runs" / "m"
+    fill(tmp_path / "runs" / "z", 2)
+    assert find_newest_run(str(tmp_path / "runs")) == tmp_path / "runs" / "z"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# errors of the background, locks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_the_background_surfaces_once_and_the_next_save_works(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(make_state(1), step=1, wait=True)
+        with hooked(fail_at(2, errno.EIO, under=str(run)), ("write",)):
+            persistence.save(make_state(2), step=2)
+            persistence._join()
+        with pytest.raises(PersistenceError, match=r"step 2 was not saved: .*Input/output error"):
+            persistence.save(make_state(3), step=3)
+        persistence.save(make_state(3), step=3, wait=True)
+        assert persistence.load().step == 3
+    assert left_overs(run) == []
+
+
+@pytest.mark.parametrize("call", ["wait", "close", "load"])
+def test_an_error_in_the_background_surfaces_at(run: Path, call: str) -> None:
+    persistence = ModelPersistence(run, log=quiet)
+    with hooked(fail_at(0, errno.ENOSPC, under=str(run)), ("mkdir",)):
+        persistence.save(make_state(1), step=1)
+        persistence._join()
+    with pytest.raises(PersistenceError, match="No space left"):
+        getattr(persistence, call)()
+    persistence.close()
+    ModelPersistence(run, log=quiet).close()  # the lock is free
+
+
+def test_an_error_on_its_way_is_not_replaced_by_that_of_closing(run: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(KeyError), ModelPersistence(run, log=lines.append) as persistence:
+        with hooked(fail_at(0, errno.ENOSPC, under=str(run)), ("mkdir",)):
+            persistence.save(make_state(1), step=1)
+            persistence._join()
+        raise KeyError("the training's own error")
+    assert any("was not saved" in line for line in lines)
+
+
+def test_too_little_space_is_found_out_before_writing(
+    run: Path, persistence: ModelPersistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mp.shutil, "disk_usage", lambda path: mp.shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    seen: list[str] = []
+    with hooked(lambda name, path, _: seen.append(name)), pytest.raises(PersistenceError, match="MB free"):
+        persistence.save(make_state(1), step=1, wait=True)
+    assert seen == []
+
+
+def test_a_disk_that_is_too_small_for_five_is_told_beforehand(
+    persistence: ModelPersistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, frozen = make_state(1), make_frozen()
+    one, once = ModelPersistence.estimate_bytes(state), ModelPersistence.estimate_bytes(state, frozen)
+    blob = once - one
+    for free, advice in ((8 * one + blob, None), (7 * one + blob, "use --keep 4"), (3 * one, "free some space")):
+        monkeypatch.setattr(mp.shutil, "disk_usage", lambda path, free=free: mp.shutil._ntuple_diskusage(0, 0, free))
+        warning = persistence.space_warning(state, frozen)
+        assert (warning is None) if advice is None else (warning is not None and advice in warning)
+
+
+def test_after_close_nothing_is_saved(run: Path) -> None:
+    persistence = ModelPersistence(run, log=quiet)
+    persistence.close()
+    persistence.close()
+    with pytest.raises(PersistenceError, match="after close"):
+        persistence.save(make_state(1), step=1)
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as first:
+        first.save(make_state(1), step=1, wait=True)
+        with pytest.raises(PersistenceError, match=rf"{run} is in use .*process {os.getpid()}"):
+            ModelPersistence(run, log=quiet)
+        with ModelPersistence(run, read_only=True, log=quiet) as reader:
+            assert reader.load().step == 1
+        first.save(make_state(2), step=2, wait=True)
+    with ModelPersistence(run, log=quiet) as second:
+        assert second.load().step == 2
+
+
+HOLDER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from model_persistence import ModelPersistence
+persistence = ModelPersistence({run!r})
+if os.fork() == 0:  # as a DataLoader worker, which may outlive its parent for a while
+    time.sleep(60)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free_even_if_its_workers_live_on(run: Path) -> None:
+    script = HOLDER.format(root=str(ROOT), run=str(run))
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"ready\n"
+        with pytest.raises(PersistenceError, match=f"process {holder.pid} on"):
+            ModelPersistence(run, log=quiet)
+        holder.kill()
+        holder.wait()
+        ModelPersistence(run, log=quiet).close()
+    finally:
+        os.killpg(holder.pid, 9)
+        holder.stdout.close()  # type: ignore[union-attr]
+
+
+def test_a_forked_child_cannot_save(run: Path) -> None:
+    from benchmarks.persistence import forked
+
+    with ModelPersistence(run, log=quiet) as persistence:
+
+        def child(pipe: int) -> None:
+            try:
+                persistence.save(make_state(1), step=1)
+            except PersistenceError as error:
+                os.write(pipe, str(error).encode())
+
+        assert b"forked process" in forked(child)
+        with pytest.raises(PersistenceError, match="in use"):  # the child did not free the parent's lock
+            ModelPersistence(run, log=quiet)
+
+
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(mp.fcntl, "flock", refuse)
+
+
+def card(pid: int, host: str) -> str:
+    return json.dumps({"pid": pid, "host": host, "since": 0, "id": "x"})
+
+
+def test_without_flock_a_heartbeat_holds_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_flock(monkeypatch)
+    run.mkdir(parents=True)
+    lock = run / "LOCK"
+    lock.write_text(card(1, "another machine"))
+    with pytest.raises(PersistenceError, match=r"process 1 on another machine, last seen \d+ s ago"):
+        ModelPersistence(run, log=quiet)
+    os.utime(lock, (0, time.time() - mp._RunLock.STALE - 1))  # nobody has refreshed it
+    lines: list[str] = []
+    with ModelPersistence(run, log=lines.append) as persistence:
+        persistence.save(make_state(1), step=1, wait=True)
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert any("taking over" in line for line in lines) and lock.read_text() == ""
+
+
+def test_without_flock_the_lock_of_a_dead_process_is_taken_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_flock(monkeypatch)
+    run.mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (run / "LOCK").write_text(card(ended.pid, mp.socket.gethostname()))
+    ModelPersistence(run, log=quiet).close()
+    (run / "LOCK").write_text(card(os.getppid(), mp.socket.gethostname()))
+    with pytest.raises(PersistenceError, match=f"process {os.getppid()} on"):
+        ModelPersistence(run, log=quiet)
+
+
+def test_a_heartbeat_is_refreshed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_flock(monkeypatch)
+    monkeypatch.setattr(mp._RunLock, "HEARTBEAT", 0.02)
+    with ModelPersistence(run, log=quiet):
+        os.utime(run / "LOCK", (0, 0))
+        deadline = time.monotonic() + 10
+        while (run / "LOCK").stat().st_mtime < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (run / "LOCK").stat().st_mtime > 1
+
+
+@pytest.mark.parametrize("blocker", ["file", "below a file"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, blocker: str) -> None:
+    (tmp_path / "x").touch()
+    target = tmp_path / "x" if blocker == "file" else tmp_path / "x" / "run"
+    with pytest.raises(PersistenceError, match=f"^{target} can't be used: "):
+        ModelPersistence(target, log=quiet)
+
+
+def test_keep_must_be_positive(run: Path) -> None:
+    with pytest.raises(ValueError, match="keep: 0"):
+        ModelPersistence(run, keep=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# commands
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_lists_and_verify_judges(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(run, 2)
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "best-accuracy_delta: ok", "step-000000001: ok", "step-000000002: ok"
+    ]  # fmt: skip
+    (run / "step-000000001" / "extra.safetensors").write_bytes(b"1")
+    assert main(["verify", str(run)]) == 1
+    assert "step-000000001: FAILED: extra.safetensors has 1 bytes" in capsys.readouterr().out
+    assert main(["inspect", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "accuracy_delta=2" in lines[1] and " ok " in lines[1] and "FAILED" in lines[2]
+
+
+def test_commands_with_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 1
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "there is none yet" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["delete", str(tmp_path)])
+    assert caught.value.code == 2
+    assert sorted(os.listdir(tmp_path)) == []
+
+
+def test_the_module_runs_as_a_script(run: Path) -> None:
+    fill(run, 1)
+    script = [sys.executable, str(ROOT / "model_persistence.py"), "verify", str(run)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "step-000000001: ok" in done.stdout
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_exported_qwen_is_read_by_transformers(run: Path, tmp_path: Path, frozen: bool) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = AutoConfig.for_model(
+        "qwen3", hidden_size=16, num_hidden_layers=1, intermediate_size=16, vocab_size=20, **heads
+    )
+    model = AutoModel.from_config(config)
+    weights = model.state_dict()
+    state = {
+        "model": {"agent": {"w": torch.ones(2)}} | ({} if frozen else {"qwen": weights}),
+        "extra": {"export": {"qwen": {"config.json": config.to_json_string(use_diff=False)}}},
+    }
+    with ModelPersistence(run, log=quiet) as persistence:
+        metrics = {"accuracy_delta": 1.0}
+        names = {f"qwen/{name}": tensor for name, tensor in weights.items()} if frozen else None
+        persistence.save(state, step=1, metrics=metrics, frozen=names, wait=True)
+        persistence.save(make_state(2), step=2, wait=True)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    loaded, info = AutoModel.from_pretrained(tmp_path / "out" / "qwen", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert same(dict(loaded.state_dict()), dict(weights))
+    assert load_file(tmp_path / "out" / "agent" / "model.safetensors")["w"].tolist() == [1.0, 1.0]
+    assert sorted(os.listdir(tmp_path)) == ["out", "runs"]
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/x", ".hidden", "", "model.safetensors", "a/b"])
+def test_export_writes_no_file_outside_or_twice(run: Path, tmp_path: Path, name: str) -> None:
+    state = {"model": {"m": {"w": torch.ones(1)}}, "extra": {"export": {"m": {name: "text"}}}}
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(state, step=1, wait=True)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 1
+    assert sorted(os.listdir(tmp_path)) == ["runs"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Colab
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_colab_there_is_no_drive(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    assert setup_drive_backup("runs/x") is None
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "not running on Colab" in lines[0]
+
+
+def test_on_colab_without_a_mounted_drive_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert setup_drive_backup("runs/x") is None
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "Google Drive is not mounted" in lines[0]

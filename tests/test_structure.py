@@ -1,0 +1,181 @@
+"""What holds for the product's source as a whole: imports run one way, and nothing that is loaded can run code."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+from helpers import ROOT
+
+TOP_LEVEL = ("trainloop_complete_with_fixes", "model_persistence", "policy_refined")
+PARTS = sorted(path.stem for path in (ROOT / "arc").glob("*.py"))
+# The product, without tests and benchmarks: those may build hostile files and measure other ways to save.
+PRODUCT = [*(f"{name}.py" for name in TOP_LEVEL), *(f"arc/{name}.py" for name in PARTS)]
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "pandas"}
+CODE_RUNNERS = {
+    *("eval", "exec", "compile", "__import__", "runpy", "importlib.import_module", "os.system", "yaml.load"),
+    *("torch.load", "torch.save", "torch.jit.load", "torch.package", "torch.hub"),
+    *("torch.serialization.load", "torch.serialization.save", "torch.distributed.checkpoint"),
+}
+
+
+def parse(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"), file)
+
+
+def imports(tree: ast.AST) -> dict[str, str]:
+    """What each imported name in a module stands for, at any depth: {"np": "numpy", "load": "torch.load"}."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name] = alias.name
+                if alias.asname is None:  # `import a.b` binds a
+                    names.setdefault(alias.name.partition(".")[0], alias.name.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{'.' * node.level}{node.module or ''}.{alias.name}"
+    return names
+
+
+def imported_packages(tree: ast.AST) -> set[str]:
+    """First parts of what is imported; "." for a relative import."""
+    return {whole.partition(".")[0] or "." for whole in imports(tree).values()}
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    """`t.load` as "torch.load" where t is torch; "" for what is no plain name."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value, names)
+        return f"{before}.{node.attr}" if before else ""
+    return ""
+
+
+def dangers(tree: ast.AST) -> Iterator[str]:
+    """Every way in `tree` in which loading something could run code, as "line: what"."""
+    names = imports(tree)
+    for whole in names.values():
+        if whole.partition(".")[0] in UNPICKLERS or is_code_runner(whole):
+            yield f"import: {whole}"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and is_code_runner(dotted(node, names)):
+            yield f"{node.lineno}: {dotted(node, names)}"
+        elif isinstance(node, ast.Call):
+            yield from (f"{node.lineno}: {what}" for what in dangerous_arguments(node, names))
+        elif isinstance(node, ast.Constant) and node.value in ("trust_remote_code", "allow_pickle", "weights_only"):
+            yield f"{node.lineno}: {node.value} as a string"
+
+
+def is_code_runner(name: str) -> bool:
+    return any(name == runner or name.startswith(f"{runner}.") for runner in CODE_RUNNERS)
+
+
+def dangerous_arguments(call: ast.Call, names: dict[str, str]) -> Iterator[str]:
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    for flag in ("trust_remote_code", "allow_pickle"):
+        if flag in keywords and not is_false(keywords[flag]):
+            yield flag
+    if dotted(call.func, names) == "numpy.load" and "allow_pickle" not in keywords:
+        yield "numpy.load without allow_pickle=False"
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_that_users_know_are_there() -> None:
+    for name in TOP_LEVEL:
+        assert (ROOT / f"{name}.py").is_file()
+    assert (ROOT / "arc" / "__init__.py").read_text() == ""
+    assert len(PARTS) > 10
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_arc_never_imports_the_top_level(part: str) -> None:
+    assert imported_packages(parse(f"arc/{part}.py")) & {*TOP_LEVEL, ".", "tests", "conftest"} == set()
+
+
+def test_persistence_knows_neither_models_nor_flags_nor_arc() -> None:
+    packages = imported_packages(parse("model_persistence.py"))
+    assert packages & {"arc", "trainloop_complete_with_fixes", "policy_refined", "transformers", "."} == set()
+
+
+def test_only_tests_import_the_script() -> None:
+    for file in PRODUCT:
+        if file != "trainloop_complete_with_fixes.py":
+            assert "trainloop_complete_with_fixes" not in imported_packages(parse(file)), file
+    assert imported_packages(parse("policy_refined.py")) & {"model_persistence", "."} == set()
+
+
+def test_only_one_file_imports_transformers() -> None:
+    importers = [file for file in PRODUCT if imported_packages(parse(file)) & {"transformers", "tokenizers"}]
+    assert importers == ["arc/qwen.py"]
+
+
+def test_no_circle_inside_arc() -> None:
+    needs = {part: {name.removeprefix("arc.") for name in modules_of(part)} & set(PARTS) for part in PARTS}
+    while free := [part for part, needed in needs.items() if not needed]:
+        for part in free:
+            del needs[part]
+        needs = {part: needed - set(free) for part, needed in needs.items()}
+    assert needs == {}
+
+
+def modules_of(part: str) -> set[str]:
+    """The arc modules that a part imports when it is run (imports for type checkers alone do no harm)."""
+    tree = parse(f"arc/{part}.py")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    return {".".join(whole.split(".")[:2]) for whole in imports(tree).values()}
+
+
+@pytest.mark.parametrize("file", PRODUCT)
+def test_nothing_that_is_loaded_can_run_code(file: str) -> None:
+    assert list(dangers(parse(file))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import dill as d",
+        "import torch\ntorch.load('x', weights_only=True)",
+        "import torch as t\nt.save({}, 'x')",
+        "from torch import load\nload('x')",
+        "import torch\nread = torch.load",
+        "import torch.distributed.checkpoint as dcp",
+        "from torch.distributed import checkpoint",
+        "import torch\ntorch.hub.load('a', 'b')",
+        "import numpy as np\nnp.load('x')",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "import numpy as np\nnp.lib.format.read_array(file, allow_pickle=flag)",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "AutoModel.from_pretrained('x', **{'trust_remote_code': True})",
+        "eval('1')",
+        "exec(text)",
+    ],
+)
+def test_the_check_finds_what_it_looks_for(source: str) -> None:
+    assert list(dangers(ast.parse(source)))
+
+
+def test_the_check_lets_the_safe_ways_pass() -> None:
+    safe = """
+import numpy as np, torch
+from safetensors.torch import load_file
+load_file("x")
+np.load("x", allow_pickle=False)
+model.eval()
+re.compile("x")
+AutoModel.from_pretrained("x", trust_remote_code=False)
+"""
+    assert list(dangers(ast.parse(safe))) == []
