@@ -26,6 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Threads that wait must sleep, not spin: where cores are few, torch's threads share them with the data workers and with
+# whatever else the machine does. libgomp reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -1289,7 +1293,8 @@ def describe(run: Run) -> None:
     """What runs: device, precision and why, models, data, checkpoint size."""
     args = run.args
     episodes = sum(len(task.train) for task in run.training)
-    size = ModelPersistence.estimate_bytes(checkpoint_tree(run)) / 2**20
+    tree, frozen = checkpoint_tree(run), frozen_parts(run)
+    size = ModelPersistence.estimate_bytes(tree) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
     unseen = f" | unseen: {len(run.unseen)} tasks" if run.unseen else ""
     lines = [
@@ -1302,6 +1307,8 @@ def describe(run: Run) -> None:
         f"Folder: {args.output_dir}",
     ]
     run.log("\n".join(lines))
+    if run.persistence is not None and (warning := run.persistence.space_warning(tree, frozen)):
+        run.log(warning)
 
 
 def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
@@ -1316,6 +1323,8 @@ def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
     which: str = args.resume
     if which in ("latest", "best"):
         found = Path(args.output_dir) if args.output_dir else find_newest_run("runs")
+        if found is None and args.backup_dir and (mirrored := find_newest_run(args.backup_dir)):
+            found = Path("runs") / mirrored.name  # a new machine: the checkpoints are fetched from the backup
         if found is None:
             raise ValueError("--resume: no run with a checkpoint under runs/; give its folder with --output_dir")
     elif (Path(which) / "manifest.json").is_file():
@@ -1324,7 +1333,7 @@ def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
         found, which = Path(which), "latest"
         if args.output_dir and Path(args.output_dir).resolve() != found.resolve():
             raise ValueError(f"--resume: {found} is not a checkpoint, and --output_dir names another folder")
-    if not args.backup_dir and not any(found.glob(pattern) for pattern in ("step-*", "best-*")):
+    if not args.backup_dir and not any([*found.glob("step-*"), *found.glob("best-*")]):
         raise ValueError(f"--resume: no checkpoint in {found}")
     return found, which
 
@@ -1375,9 +1384,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             persistence.close()
         log(f"error: {problem}", error=True)
         return 2
-    with persistence:
-        run.persistence = persistence
-        return run_command(run, checkpoint)
+    run.persistence = persistence
+    try:
+        with persistence:
+            return run_command(run, checkpoint)
+    except PersistenceError as problem:  # the last background write failed
+        log(f"error: {problem}", error=True)
+        return 1
 
 
 def open_persistence(args: argparse.Namespace, folder: Path, log: RunLog) -> ModelPersistence:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from arc.agent import AgentOutput, GridAgent, rotary_tables, rotate, table_mixture
+from arc.agent import AgentOutput, GridAgent, rotary_tables, rotate, table_mixture, voted_grid
 from arc.batches import Query, QueryBatch, collate_queries, make_query, unpad_grid
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
 from arc.tasks import Augmentation, Task, load_dataset, sample_augmentation
@@ -89,6 +89,16 @@ def test_a_fresh_agent_answers_the_vote_on_real_tasks(cache_dir: Path) -> None:
     real = [task for task in load_dataset("arcagi2").training if max(p.input.size for p in task.train) <= 100][:6]
     agreed = agreement_with_vote(make_agent(), real, EvidenceStore(cache_dir / "evidence"))
     assert len(agreed) >= 18 and sum(agreed) >= len(agreed) - 1  # an exact tie of two sizes or colours may fall apart
+
+
+def test_the_vote_of_a_padded_batch_is_that_of_each_query(queries: list[Query]) -> None:
+    batch = collate_queries(queries)
+    for answer, query in zip(voted_grid(batch), queries, strict=True):
+        assert query.evidence is not None and unpad_grid(answer.numpy()).shape == query.out_size
+        grid, votes = query.evidence.vote()
+        best, second = np.sort(votes, axis=0)[:-3:-1]
+        clear = best > second * (1 + 1e-5)  # an exact tie may go either way
+        assert clear.mean() > 0.5 and np.array_equal(unpad_grid(answer.numpy())[clear], grid[clear])
 
 
 def test_gradient_reaches_the_prompt_in_the_very_first_step(queries: list[Query]) -> None:

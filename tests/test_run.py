@@ -331,7 +331,8 @@ def test_red_flag(small_run: SmallRun, tmp_path: Path) -> None:
 
     stopped = small_run(tmp_path / "stopped", *flags, "--strict")
     assert stopped.code == 3 and len(stopped.batches) == 1
-    assert "FIX #1" in stopped.stdout.splitlines()[-1]
+    *_, flag, last = stopped.stdout.splitlines()
+    assert flag.startswith("RED FLAG: ") and "FIX #1" in flag and last.startswith("Saved at epoch 0, batch 1;")
     assert load(stopped.folder).step == 1
 
 
