@@ -501,6 +501,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
     if 1 not in args.ablate:  # FIX 1: Qwen is a group of its own
         groups["qwen"], rates["qwen"] = qwen, args.qwen_lr
     optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon")
+    assert all(map(optimizer.covers, (agent, qwen, policy, memory))), "a trainable parameter is in no group"
     averaged = groups if qwen.is_tiny else {name: module for name, module in groups.items() if name != "qwen"}
     return Run(
         args=args,

@@ -222,7 +222,7 @@ class GridAgent(nn.Module):
         for _ in range(self.passes):
             for block in self.blocks:
                 x = block(x, condition, cos, sin, mask)
-            normed = F.rms_norm(x, x.shape[-1:])
+            normed = F.rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5  # length 1
             mixture = table_mixture(trust + self.cell_trust(normed).float(), says)  # (B, L, 10)
             own = self.head(normed).float() + copying[..., None] * copied
             logits.append(own + (1 + sharpness)[..., None] * torch.log(mixture + MIXTURE_FLOOR))
@@ -235,7 +235,7 @@ class GridAgent(nn.Module):
         direction = self.direction(torch.full_like(query.dihedral, int(reverse)))
         record = self.record_embedding(query.table_stats.flatten(1))
         mixed = record + self.prompt_embedding(prompt) + self.view_embedding(view) + direction
-        return F.silu(self.condition(F.silu(mixed)))
+        return F.rms_norm(self.condition(F.silu(mixed)), (mixed.shape[-1],))
 
     def embed_cells(self, query: QueryBatch, says: Tensor, confidence: Tensor, trust: Tensor) -> Tensor:
         """(B, L, W): what stands at and around each cell, what the tables say, where the cell is."""

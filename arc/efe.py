@@ -62,7 +62,7 @@ def size_loss(size_logits: Tensor, target_size: Tensor) -> Tensor:
 
 
 def prompt_consistency(prompts: Tensor, task: Tensor, *, reversed_sign: bool = False) -> Tensor:
-    """Keeps prompts of one task together and those of different tasks apart, as a loss in [0, 2].
+    """Keeps prompts of one task together and those of different tasks apart, as a loss in [0, 3].
 
     prompts (N, K, D), task (N,). Together: mean of 1 - cos over pairs of the same task, 0 when identical. Apart: mean
     of relu(cos) over pairs of different tasks: orthogonal is far enough. reversed_sign=True is the seed's old, wrong

@@ -56,9 +56,10 @@ class MemoryBank(nn.Module):
         """Store (key (E,), value (K, D)) of `task` if accuracy beats the threshold and the task's own entry.
 
         An equally good entry replaces an older one of the same task: prompts age as the agent moves on. A full bank
-        gives up its least accurate, oldest entry, if that is no better. Returns whether it was stored.
+        gives up its least accurate, oldest entry, if that is no better. A prompt that is not finite is never stored: it
+        would spread to other tasks. Returns whether it was stored.
         """
-        if not accuracy > threshold:
+        if not accuracy > threshold or not bool(torch.isfinite(value).all()):
             return False
         own = torch.nonzero(self.task == task).flatten()
         free = torch.nonzero(self.task < 0).flatten()

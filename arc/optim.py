@@ -25,8 +25,8 @@ class JointOptimizer:
 
     AdamW takes every parameter; with `muon`, the weight matrices inside the agent's blocks go to `torch.optim.Muon`
     (Jordan et al. 2024) instead, its rate matched to AdamW's by root mean square. Each named module (agent, qwen,
-    policy, ...) keeps its own learning rate and its own clipping. A trainable parameter in no group, in two, or a
-    group without any, is a ValueError at build time.
+    policy, ...) keeps its own learning rate and its own clipping. A parameter in two groups, or a group without any, is
+    a ValueError at build time; `covers` tells whether a module's parameters are all in some group.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class JointOptimizer:
                 group["lr"] = group["base_lr"] * factor
                 rates[group["name"]] = group["lr"]
         return rates
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether every trainable parameter of `module` is in a group."""
+        known = {id(parameter) for parameters in self.groups.values() for parameter in parameters}
+        return all(id(parameter) in known for parameter in module.parameters() if parameter.requires_grad)
 
     def base_rates(self) -> dict[str, float]:
         """The rate of each named group before warm-up and decay."""

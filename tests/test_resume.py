@@ -390,3 +390,27 @@ def test_a_second_writer_is_refused(interrupted: Path, uninterrupted: Outcome, s
         assert refused.code == 2 and "in use" in refused.stderr and refused.stderr.count("\n") == 1
     assert small_run(interrupted, *FLAGS, "--resume").code == 0
     assert_same_run(interrupted, uninterrupted.folder)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the long loop
+# --------------------------------------------------------------------------------------------------------------------
+
+POSITIONS = 50
+LONG_FLAGS = ("--epochs", "12", "--save_every", "7", "--val_every", "5", *FAST)
+
+
+@pytest.mark.soak
+def test_fifty_stopping_positions(small_run: SmallRun, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Stopped after each of the first 50 batches in turn, resumed to the end: always the same run, bit for bit."""
+    original = small_run(tmp_path / "original", *LONG_FLAGS)
+    assert original.code == 0 and len(original.batches) > POSITIONS, original.stderr
+    for position in range(1, POSITIONS + 1):
+        folder = tmp_path / f"stopped-{position}"
+        flags = [*small_flags, *LONG_FLAGS, "--output_dir", str(folder)]
+        assert run_into(Tripwire("[Batch ", position, signal.SIGINT), flags) == 130
+        resumed = small_run(folder, *LONG_FLAGS, "--resume")
+        assert resumed.code == 0, resumed.stderr
+        assert_same_run(folder, original.folder)
+        shutil.rmtree(folder)
+    print(f"stopping positions: {POSITIONS}, runs that differ from the uninterrupted one: 0")
