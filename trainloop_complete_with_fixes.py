@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Threads that wait must sleep, not spin: where cores are few, torch's threads share them with the data workers and with
-# whatever else the machine does. libgomp reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait must not spin for long: where cores are few, torch's threads share them with the data workers and
+# with whatever else the machine does. libgomp reads this when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -835,7 +835,7 @@ def mean_per_owner(values: Tensor, owner: Tensor, groups: int) -> Tensor:
 
 def make_loader(run: Run, data: torch.utils.data.Dataset, sampler: Any) -> DataLoader:
     """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached."""
-    workers = run.args.workers if run.args.workers >= 0 else min(4, os.cpu_count() or 1)
+    workers = run.args.workers if run.args.workers >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
     return DataLoader(
         data,
         batch_size=None,

@@ -1134,7 +1134,7 @@ def cost(base: Path, megabytes: int, rounds: int = 5) -> Figures:
         for step in range(rounds + 2):
             os.sync()
             rows["copy"].append(_timed(lambda: [copies[name].copy_(tensor) for name, tensor in weights.items()]))
-            rows["plain"].append(_timed(lambda: _plain_save(save_file, weights, base / "plain.safetensors")))
+            rows["plain"].append(_timed(functools.partial(_plain_save, save_file, weights, base / f"plain-{step}")))
             os.sync()
             started = time.perf_counter()
             persistence.save(state, step=step)
@@ -1151,14 +1151,16 @@ def cost(base: Path, megabytes: int, rounds: int = 5) -> Figures:
 
 
 def _plain_save(save_file: Callable[..., None], weights: dict[str, torch.Tensor], path: Path) -> None:
-    """What a careful user would do by hand: safetensors, fsync, SHA-256 of the file."""
-    path.unlink(missing_ok=True)
+    """What a careful user would do by hand: safetensors, fsync, SHA-256 of the file, and only then the old one goes."""
     save_file(weights, path)
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
     with open(path, "rb") as file:
         hashlib.file_digest(file, "sha256")
+    for old in path.parent.glob("plain-*"):
+        if old != path:
+            old.unlink()
 
 
 def _timed(action: Callable[[], Any]) -> float:
