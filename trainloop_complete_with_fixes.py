@@ -439,6 +439,7 @@ class Run:
     export_files: Mapping[str, str] = field(default_factory=dict)  # config and tokenizer of Qwen, for `export`
     stop_signal: int = 0
     flags_raised: set[str] = field(default_factory=set)
+    validation_estimate: float = 0.0  # seconds
     seconds_per_cell: float = 0.0  # of training, measured; to know how long a validation will take
 
     @property
@@ -835,7 +836,7 @@ def mean_per_owner(values: Tensor, owner: Tensor, groups: int) -> Tensor:
 
 def make_loader(run: Run, data: torch.utils.data.Dataset, sampler: Any) -> DataLoader:
     """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached."""
-    workers = run.args.workers if run.args.workers >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
+    workers = worker_count(run)
     return DataLoader(
         data,
         batch_size=None,
@@ -847,6 +848,11 @@ def make_loader(run: Run, data: torch.utils.data.Dataset, sampler: Any) -> DataL
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else it draws from the global one, and a resumed run differs by that draw
     )
+
+
+def worker_count(run: Run) -> int:
+    """--workers, by default one less than there are cores, between 1 and 4."""
+    return run.args.workers if run.args.workers >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
 
 
 def start_worker(_: int) -> None:
@@ -861,7 +867,7 @@ def predict_split(run: Run, name: str, tasks: Sequence[Task], *, trained_on: boo
     data = PredictionData(tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs)
     order = prediction_order(tasks, views=len(views), max_cells=4 * run.args.max_cells)
     loader = make_loader(run, data, order)
-    bar = tqdm(loader, total=len(order), desc=f"predicting {name}", leave=False, disable=run.args.quiet)
+    bar = tqdm(loader, total=len(order), desc=f"predicting {name}", leave=False, disable=run.args.quiet or None)
     return predict_tasks(tasks, bar, functools.partial(predict_batch, run, trained_on=trained_on), run.store)
 
 
@@ -885,14 +891,13 @@ def predict_batch(run: Run, fetched: PredictionBatch, *, trained_on: bool) -> li
 
 def validate(run: Run) -> dict[str, SplitReport]:
     """Predict and score every chosen split under the averaged weights, log it, write the predictions as JSON."""
-    splits = {"seed": run.training, "unseen": run.unseen}
     was_training = run.agent.training
     for module in run.modules.values():
         module.eval()
     reports = {}
     with run.average.applied() if run.average else contextlib.nullcontext():
         for name in run.args.val_splits:
-            tasks = splits[name][: run.args.val_limit or None]
+            tasks = split_of(run, name)
             pairs = predict_split(run, name, tasks, trained_on=name == "seed")
             assert run.log.folder is not None
             submission: dict[str, list[Any]] = {}
@@ -1035,7 +1040,9 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     weight = size_weight(run)
     last_saved, done, accumulated = state.step, state.batch, 0
     pending: list[dict[str, Any]] = []
-    bar = tqdm(total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch", leave=False, disable=args.quiet)
+    bar = tqdm(
+        total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch", leave=False, disable=args.quiet or None
+    )
     with bar:
         for fetched in loader:  # starts at state.batch: a resumed run enters in mid-epoch
             began = time.monotonic()
@@ -1166,17 +1173,26 @@ def progress(run: Run, batches_per_epoch: int) -> float:
     return share
 
 
+EVIDENCE_SECONDS = 0.09  # to prepare one task on one core, measured on the machine that benchmarks/RESULTS.md names
+
+
 def validation_seconds(run: Run) -> float:
-    """How long the final validation will take, from the speed of training: two of its forward passes a view, about 0.4
-    of a training step, and a share for evidence not yet prepared. 0 until a speed is measured."""
-    tasks = [
-        task
-        for name in run.args.val_splits
-        for task in {"seed": run.training, "unseen": run.unseen}[name][: run.args.val_limit or None]
-    ]
-    cells = sum(pair.input.size for task in tasks for pair in task.test) * run.args.val_views
-    estimate = 0.4 * cells * run.seconds_per_cell + 0.02 * len(tasks)
-    return min(estimate, 0.5 * run.args.time_budget) if run.seconds_per_cell else 0.0
+    """How long the final validation will take, by the speed of training: half of a training step for each view, plus
+    the preparation of evidence that is not there yet. 0 until a speed is measured; looked at anew every 20 batches."""
+    if not run.seconds_per_cell:
+        return 0.0
+    if run.state.step % 20 == 0 or not run.validation_estimate:
+        tasks = [task for name in run.args.val_splits for task in split_of(run, name)]
+        cells = sum(pair.input.size for task in tasks for pair in task.test) * run.args.val_views
+        missing = sum(not run.store.is_prepared(task) for task in tasks) / max(1, worker_count(run))
+        estimate = 0.5 * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
+        run.validation_estimate = min(estimate, 0.5 * run.args.time_budget)
+    return run.validation_estimate
+
+
+def split_of(run: Run, name: str) -> Sequence[Task]:
+    """The tasks that validation predicts for --val_splits `name`."""
+    return {"seed": run.training, "unseen": run.unseen}[name][: run.args.val_limit or None]
 
 
 def out_of_time(run: Run) -> bool:

@@ -420,6 +420,12 @@ class EvidenceStore:
         self.max_tasks_in_memory = max_tasks_in_memory
         self._memory: OrderedDict[str, TaskQueries] = OrderedDict()
 
+    def is_prepared(self, task: TaskLike) -> bool:
+        """Whether `get` will find the task's evidence without computing it (a damaged cache file aside)."""
+        key = evidence_key(task)
+        path = self._path(key)
+        return key in self._memory or (path is not None and path.exists())
+
     def get(self, task: TaskLike) -> TaskQueries:
         """The task's evidence, from memory, from disk or computed."""
         key = evidence_key(task)
