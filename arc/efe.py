@@ -28,8 +28,10 @@ class EfeWeights:
     prompt: float = 0.01
 
 
-def weighted_cross_entropy(logits: Tensor, target: Tensor, cell_weight: Tensor) -> Tensor:
-    """Mean over grids of sum_cells(w * CE) / sum_cells(w).
+def weighted_cross_entropy(
+    logits: Tensor, target: Tensor, cell_weight: Tensor, grid_weight: Tensor | None = None
+) -> Tensor:
+    """Mean over grids of sum_cells(w * CE) / sum_cells(w), each grid weighing `grid_weight` (B,) (None: all alike).
 
     logits (B, L, 10), target (B, L) with negatives where there is nothing to predict, cell_weight (B, L) >= 0. A grid
     without a target cell, or with no weight at all, counts 0 (never NaN).
@@ -38,13 +40,18 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, cell_weight: Tensor) 
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
     weight = cell_weight * wanted
     per_grid = (loss.view_as(weight) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
-    return per_grid.mean()
+    if grid_weight is None:
+        return per_grid.mean()
+    return (per_grid * grid_weight).sum() / grid_weight.sum().clamp(min=1e-3)
 
 
-def risk(colour_logits: Sequence[Tensor], target: Tensor, cell_weight: Tensor) -> Tensor:
+def risk(
+    colour_logits: Sequence[Tensor], target: Tensor, cell_weight: Tensor, grid_weight: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the predicted grid against the preferred outcome, on output cells only, averaged over the
     agent's passes (each pass is supervised). Equals KL[target || prediction] since the target is a point mass."""
-    return torch.stack([weighted_cross_entropy(logits, target, cell_weight) for logits in colour_logits]).mean()
+    passes = [weighted_cross_entropy(logits, target, cell_weight, grid_weight) for logits in colour_logits]
+    return torch.stack(passes).mean()
 
 
 def ambiguity(logits: Tensor, target: Tensor) -> Tensor:
