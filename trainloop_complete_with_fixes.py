@@ -1057,14 +1057,15 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     """The rest of this epoch's `count` batches. Returns False if the time budget ended it early."""
     args, state, agent, qwen, policy_rl = run.args, run.state, run.agent, run.qwen, run.policy
     weight = size_weight(run)
-    last_saved, done, accumulated = state.step, state.batch, 0
+    last_saved, done, accumulated, began = state.step, state.batch, 0, 0.0
     pending: list[dict[str, Any]] = []
     bar = tqdm(
         total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch", leave=False, disable=args.quiet or None
     )
     with bar:
         for fetched in loader:  # starts at state.batch: a resumed run enters in mid-epoch
-            began = time.monotonic()
+            if not accumulated:
+                began = time.monotonic()
             batch: TrainBatch = fetched.to(run.device)
             noise = policy_noise(run, args.policy_samples, len(batch.task), done)
             rates = run.optimizer.set_rates(learning_rate_factor(state.step, progress(run, count)))
@@ -1129,7 +1130,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 if run.average is not None and finite:
                     run.average.update()
                 accumulated = 0
-                took = time.monotonic() - began
+                took = (time.monotonic() - began) / len(pending)
                 for row in pending:  # a batch counts when its optimizer step is done
                     record_batch(run, row, monitored["norm"], norms, took)
                 pending.clear()

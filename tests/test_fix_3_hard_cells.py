@@ -17,7 +17,7 @@ from arc.agent import AgentOutput
 from arc.batches import Query, QueryBatch, collate_queries
 from arc.efe import risk
 from arc.tasks import Augmentation
-from trainloop_complete_with_fixes import cell_weights, hard_cell_mask
+from trainloop_complete_with_fixes import cell_weights, grid_weights, hard_cell_mask
 
 # The seed's worked example: two of nine cells are wrong.
 TARGET = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
@@ -97,6 +97,26 @@ def test_weights_of_any_cells(cells: list[tuple[int, int]], floor: float) -> Non
     assert torch.allclose(right, torch.full_like(right, floor if bool(wrong.any()) else 1.0))
     assert bool(weights.sum() > 0) == bool(wanted.any())  # something always pulls, whatever the floor
     assert float(ratio) == pytest.approx(int(wrong.sum()) / max(1, int(wanted.sum())))
+
+
+def test_a_nearly_right_grid_weighs_more_than_a_hopeless_one(small_build: SmallBuild) -> None:
+    nearly, hopeless = example(PREDICTED, TARGET), example(np.zeros_like(TARGET), TARGET)
+
+    def weigh(*flags: str) -> tuple[float, float]:
+        run = small_build(*flags)
+        return float(grid_weights(run, *nearly)), float(grid_weights(run, *hopeless))
+
+    assert weigh("--grid_focus", "2") == pytest.approx(((7 / 9) ** 2, 0))
+    assert weigh()[0] > 10 * weigh()[1]
+    assert weigh("--ablate", "3") == weigh("--grid_focus", "0") == (1, 1)
+
+
+def test_grid_weights_share_out_the_risk() -> None:
+    logits, target = torch.randn(2, 4, 10), torch.randint(0, 10, (2, 4))
+    alone = [float(risk([logits[i : i + 1]], target[i : i + 1], torch.ones(1, 4))) for i in range(2)]
+    found = float(risk([logits], target, torch.ones(2, 4), torch.tensor([3.0, 1.0])))
+    assert found == pytest.approx((3 * alone[0] + alone[1]) / 4, rel=1e-5)
+    assert float(risk([logits], target, torch.ones(2, 4), torch.zeros(2))) == 0  # all hopeless: no NaN
 
 
 @pytest.mark.parametrize("floor", ["0", "0.5"])
