@@ -886,7 +886,7 @@ def predict_split(run: Run, name: str, tasks: Sequence[Task], *, trained_on: boo
     data = PredictionData(tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs)
     order = prediction_order(tasks, views=len(views), max_cells=4 * run.args.max_cells)
     loader = make_loader(run, data, order)
-    bar = tqdm(loader, total=len(order), desc=f"predicting {name}", leave=False, disable=run.args.quiet or None)
+    bar = tqdm(loader, total=len(order), desc=f"predicting {name}", leave=False, disable=run.args.quiet)
     return predict_tasks(tasks, bar, functools.partial(predict_batch, run, trained_on=trained_on), run.store)
 
 
@@ -1059,9 +1059,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     weight = size_weight(run)
     last_saved, done, accumulated, began = state.step, state.batch, 0, 0.0
     pending: list[dict[str, Any]] = []
-    bar = tqdm(
-        total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch", leave=False, disable=args.quiet or None
-    )
+    bar = tqdm(total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch", leave=False, disable=args.quiet)
     with bar:
         for fetched in loader:  # starts at state.batch: a resumed run enters in mid-epoch
             if not accumulated:
