@@ -33,11 +33,12 @@ class PairPrediction:
     confidence: list[float] = field(default_factory=list)  # mean probability of the chosen colours, of each `after`
 
     def attempts(self) -> tuple[Grid, Grid]:
-        """Two different grids. First: the vote of the views after refinement, the evidence's own answer being one more
-        voter. Second: the evidence's answer if it is another one, else the vote's runner-up."""
+        """Two different grids. First: the vote of the views after refinement, where the evidence's own answer weighs as
+        much as all views together, so that it is overruled only by (nearly) unanimous views. Second: the evidence's
+        answer if it is another one, else the runner-up."""
         ballots = [*self.after, self.training_free]
-        weights = [*(1.0 + 0.5 * value for value in self.confidence), 1.0]
-        return two_attempts([vote(ballots, weights)[0], self.training_free, *vote(ballots, weights)], vote(self.before))
+        ranked = vote(ballots, [*(1.0 + 0.5 * value for value in self.confidence), float(len(self.after))])
+        return two_attempts([ranked[0], self.training_free, *ranked], vote(self.before))
 
 
 def predict_tasks(
