@@ -480,7 +480,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
         seed=args.seed,
         log=log,
     ).to(device)
-    largest = max(training, key=lambda task: sum(len(pair.input.ravel()) for pair in task.train))
+    largest = max(training, key=lambda task: sum(pair.input.size for pair in task.train))
     qwen.encoder(context_pairs(largest))  # says here, not unseen in a worker, if contexts do not fit
     if 1 in args.ablate:
         qwen.requires_grad_(False)
@@ -1040,12 +1040,13 @@ def train(run: Run) -> None:
         else:
             run.log.metrics({"step": state.step, "epoch": state.epoch, **memory_row(run)})
         run.log(f"[Epoch {state.epoch}] Time: {time.monotonic() - started:.2f}s")
+        if in_time:
+            run.threshold.update(state.sums.get("solved", 0.0) / max(1.0, state.sums.get("batches", 0.0)))
+            state.epoch, state.batch, state.trained, state.sums = state.epoch + 1, 0, False, {}
+            state.memory_updates = state.memory_offers = 0
+        save_checkpoint(run)
         if not in_time:
             break
-        run.threshold.update(state.sums.get("solved", 0.0) / max(1.0, state.sums.get("batches", 0.0)))
-        state.epoch, state.batch, state.trained, state.sums = state.epoch + 1, 0, False, {}
-        state.memory_updates = state.memory_offers = 0
-        save_checkpoint(run)
 
 
 def size_weight(run: Run) -> float:
@@ -1452,7 +1453,8 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
             return 0
         write_config(run)
         train(run)
-        save_checkpoint(run, wait=True)
+        assert run.persistence is not None
+        run.persistence.wait()  # what it saved last is on disk before the run is called done
         run.log(f"Done: {run.state.step} batches, {run.state.queries} queries in {time.monotonic() - run.started:.1f}s")
         return 0
     except Interrupted as stop:

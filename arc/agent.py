@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc.batches import MAX_SIDE, NUM_COLOURS, OUTSIDE, QueryBatch
+from arc.batches import OUTSIDE, QueryBatch
 from arc.evidence import CLASS_WEIGHTS
+from arc.tasks import MAX_SIDE, NUM_COLOURS
 
 MIXTURE_FLOOR = 0.003  # probability mass that every colour keeps in the table mixture
 SIZE_FLOOR = 1e-6  # likewise for every size

@@ -20,10 +20,16 @@ import torch
 from torch import Tensor
 
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, feedback_indices
-from arc.tasks import Augmentation, Grid, Task, apply_dihedral, dihedral_shape, sample_augmentation
+from arc.tasks import (
+    MAX_SIDE,
+    Augmentation,
+    Grid,
+    Task,
+    apply_dihedral,
+    dihedral_shape,
+    sample_augmentation,
+)
 
-MAX_SIDE = 30
-NUM_COLOURS = 10
 OUTSIDE = 10  # the "colour" of a canvas cell that is not part of the input grid
 IGNORE = -100  # a token without a target, cross_entropy's ignore_index
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from arc.features import Canvas, Objects
+from arc.tasks import MAX_SIDE
 
-MAX_SIDE = 30
 Size = tuple[int, int]
 
 
