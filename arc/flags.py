@@ -71,6 +71,13 @@ def cannot_write(folder: Path) -> str | None:
     return None
 
 
+def cannot_write_file(path: Path) -> str | None:
+    """Why `path` could not become a file, or replace the regular file that is there, or None; creates nothing."""
+    if path.exists() and not path.is_file():
+        return f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file"
+    return cannot_write(path.parent)
+
+
 def default_cache() -> str:
     """The user's cache folder."""
     return os.path.join(

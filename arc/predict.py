@@ -13,7 +13,7 @@ import numpy as np
 
 from arc.agent import AgentOutput
 from arc.batches import PredictionBatch, QueryBatch, unpad_grid
-from arc.evaluate import PairResult, SplitScore, cell_accuracy, paired_delta, score_split, two_attempts, vote
+from arc.evaluate import Attempts, PairResult, SplitScore, cell_accuracy, paired_delta, score_split, two_attempts, vote
 from arc.evidence import EvidenceStore
 from arc.tasks import Augmentation, Grid, Task
 
@@ -39,6 +39,14 @@ class PairPrediction:
         ballots = [*self.after, self.training_free]
         ranked = vote(ballots, [*(1.0 + 0.5 * value for value in self.confidence), float(len(self.after))])
         return two_attempts([ranked[0], self.training_free, *ranked], vote(self.before))
+
+
+def all_attempts(pairs: Iterable[PairPrediction]) -> dict[str, list[Attempts]]:
+    """The two attempts at each test pair by task id, test pairs in the order given."""
+    attempts: dict[str, list[Attempts]] = {}
+    for pair in pairs:
+        attempts.setdefault(pair.task.id, []).append(pair.attempts())
+    return attempts
 
 
 def predict_tasks(

@@ -154,12 +154,13 @@ def test_the_official_score_is_a_mean_over_tasks_of_the_pairs_solved() -> None:
     assert score.pair_accuracy == 2 / 5
     assert score.cell_acc == pytest.approx((1 + 3 / 4 + 3 / 4 + 1 / 4 + 1) / 5)
     assert score.size_acc == 4 / 5
+    assert score.whole_tasks == 1
     assert score_split("seed", iter(reversed(results))) == score
 
 
 def test_a_split_without_pairs_scores_zero() -> None:
     score = score_split("unseen", [])
-    assert score == SplitScore("unseen", 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+    assert score == SplitScore("unseen", 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0)
     assert score.pair_accuracy == 0
 
 

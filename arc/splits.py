@@ -1,0 +1,123 @@
+"""Which tasks are predicted together, under which name, and which of them a run has trained on.
+
+Looks at demonstration pairs and test inputs, never at a test output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arc.tasks import Task, same_content
+
+# The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
+NEW = -2
+
+LABELS = {
+    "seed": "seed split (test pairs of the training tasks)",
+    "unseen": "unseen split (tasks never trained on)",
+    "adapted": "adapted split (evaluation tasks whose demonstration pairs were trained on)",
+    "new": "new tasks (none of them is among the tasks trained on)",
+    "known": "known tasks (the same puzzle, told by its inputs, was trained on)",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tasks whose test pairs are predicted and scored together.
+
+    numbers: for each task its position among the training tasks, which is the number the memory knows it by, or NEW. A
+    task never reads its own entry of the memory, in training or here (see arc/memory.py).
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    numbers: tuple[int, ...]
+
+    def first(self, limit: int) -> Split:
+        """The split with its first `limit` tasks only; 0: all."""
+        return Split(self.name, self.tasks[: limit or None], self.numbers[: limit or None])
+
+
+def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, ...], tuple[int, ...]]:
+    """The evaluation tasks whose demonstration pairs are trained on, numbered from `start` on, and the number of each
+    evaluation task.
+
+    A puzzle that is there twice is trained on once. One whose demonstrations show a test input of its twin is not
+    trained on at all: the twin's test output would be among them.
+    """
+    by_input: defaultdict[bytes, list[Task]] = defaultdict(list)
+    for task in evaluation:
+        for key in task.content_key:
+            by_input[key].append(task)
+    chosen: list[Task] = []
+    number_of: dict[str, int] = {}  # by task id
+    for task in evaluation:
+        candidates = {other.id: other for key in task.content_key for other in by_input[key] if other is not task}
+        twins = [other for other in candidates.values() if same_content(task, other)]
+        earlier = [number_of[twin.id] for twin in twins if number_of.get(twin.id, NEW) != NEW]
+        if earlier:
+            number_of[task.id] = min(earlier)
+        elif any(_shows_test_input(task, twin) for twin in twins):
+            number_of[task.id] = NEW
+        else:
+            number_of[task.id] = start + len(chosen)
+            chosen.append(task)
+    return tuple(chosen), tuple(number_of[task.id] for task in evaluation)
+
+
+def _shows_test_input(task: Task, twin: Task) -> bool:
+    """Whether a demonstration of `task` starts from a test input of `twin`."""
+    asked = {(pair.input.shape, pair.input.tobytes()) for pair in twin.test}
+    return any((pair.input.shape, pair.input.tobytes()) in asked for pair in task.train)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a checkpoint records of the tasks it was trained on
+
+
+def training_fingerprint(training: Sequence[Task]) -> str:
+    """SHA-256 (hex) over the training tasks in their order; any other task, id or order gives another one."""
+    return hashlib.sha256("\n".join(f"{task.digest} {task.id}" for task in training).encode()).hexdigest()
+
+
+def input_digests(tasks: Sequence[Task]) -> Tensor:
+    """(n, 2) int64: for each distinct input grid of each task, the task's position and 64 bits of the grid's digest.
+
+    Enough to tell later, without the data, whether a task is one of these.
+    """
+    rows = [(number, digest) for number, task in enumerate(tasks) for digest in sorted(_digests(task))]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+
+def _digests(task: Task) -> set[int]:
+    return {int.from_bytes(key[:8], "little", signed=True) for key in task.content_key}
+
+
+def splits_by_content(tasks: Sequence[Task], trained: Tensor) -> tuple[Split, ...]:
+    """`tasks` divided into `new` and `known` (those that are there), by what the training tasks contained.
+
+    trained: their `input_digests`. Two tasks are the same puzzle by the rule of `same_content`: more than half of the
+    inputs of the smaller one are in the other too.
+    """
+    owners: defaultdict[int, list[int]] = defaultdict(list)
+    for number, digest in trained.tolist():
+        owners[digest].append(number)
+    sizes = Counter(trained[:, 0].tolist())
+    parts: dict[str, list[tuple[Task, int]]] = {"new": [], "known": []}
+    for task in tasks:
+        digests = _digests(task)
+        shared = Counter(number for digest in sorted(digests) for number in owners.get(digest, ()))
+        same = [(n, -number) for number, n in shared.items() if 2 * n > min(len(digests), sizes[number])]
+        number = -max(same)[1] if same else NEW
+        parts["known" if same else "new"].append((task, number))
+    return tuple(
+        Split(name, tuple(task for task, _ in part), tuple(number for _, number in part))
+        for name, part in parts.items()
+        if part
+    )
