@@ -1458,6 +1458,8 @@ def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
             raise ValueError("--resume: no run with a checkpoint under runs/; give its folder with --output_dir")
     elif (Path(which) / "manifest.json").is_file():
         found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
+        if args.eval_only:  # the checkpoint is only read, wherever it lies; logs and predictions go to --output_dir
+            return found, which
     else:  # a run's folder is as good as its name under --output_dir
         found, which = Path(which), "latest"
         if args.output_dir and Path(args.output_dir).resolve() != found.resolve():

@@ -184,7 +184,7 @@ def write_submission(
         task.id: [{f"attempt_{k}": grid.tolist() for k, grid in enumerate(pair, 1)} for pair in attempts[task.id]]
         for task in tasks
     }
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".submission-{uuid.uuid4().hex}")  # short, whatever length the name has
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "x", encoding="utf-8") as file:

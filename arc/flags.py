@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,8 +74,14 @@ def cannot_write(folder: Path) -> str | None:
 
 def cannot_write_file(path: Path) -> str | None:
     """Why `path` could not become a file, or replace the regular file that is there, or None; creates nothing."""
-    if path.exists() and not path.is_file():
-        return f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file"
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return cannot_write(path.parent)
+    except (OSError, ValueError) as error:  # too long a name, a NUL in it, no permission to look
+        return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
+    if not stat.S_ISREG(mode):
+        return f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; name a file"
     return cannot_write(path.parent)
 
 

@@ -15,7 +15,7 @@ from helpers import FAST, differences, load, timeless
 
 from arc.tasks import load_dataset
 
-FLAGS = ("--epochs", "2", "--save_every", "4", "--val_splits", "seed,unseen", *FAST)
+FLAGS = ("--epochs", "2", "--save_every", "4", *FAST)
 Change = Callable[[dict[str, Any]], None]
 RunOn = Callable[[Path], Outcome]
 
@@ -45,15 +45,22 @@ def data_with(change: Change, source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="module", params=["unseen", "adapted"])
+def split(request: pytest.FixtureRequest) -> str:
+    """What becomes of the evaluation tasks: held back, or their demonstrations trained on."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def run_on(small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> RunOn:
+def run_on(split: str, small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> RunOn:
     """`run_on(data)`: a run with a cache of its own, or the evidence found for the first data would serve the second
     and hide what the second would have leaked."""
+    flags = (*FLAGS, "--val_splits", f"seed,{split}", *(["--adapt"] if split == "adapted" else []))
 
     def run(data: Path) -> Outcome:
         place = tmp_path_factory.mktemp("run")
         cache = ("--cache_dir", str(place / "cache"))
-        outcome = small_run(place / "run", *FLAGS, "--data", str(data), "--unseen", str(data), *cache)
+        outcome = small_run(place / "run", *flags, "--data", str(data), "--unseen", str(data), *cache)
         assert outcome.code == 0, outcome.stderr
         return outcome
 
@@ -75,9 +82,8 @@ def other(
     return run_on(data)
 
 
-def test_predictions_are_the_same_byte_for_byte(original: Outcome, other: Outcome) -> None:
-    for split in ("seed", "unseen"):
-        name = f"predictions-{split}.json"
+def test_predictions_are_the_same_byte_for_byte(split: str, original: Outcome, other: Outcome) -> None:
+    for name in ("predictions-seed.json", f"predictions-{split}.json"):
         assert (other.folder / name).read_bytes() == (original.folder / name).read_bytes()
 
 
@@ -104,11 +110,11 @@ def test_scores_do_change(original: Outcome, other: Outcome) -> None:
 
 
 def test_a_demonstration_does_change_something(
-    original: Outcome, run_on: RunOn, data_dir: Path, tmp_path: Path
+    split: str, original: Outcome, run_on: RunOn, data_dir: Path, tmp_path: Path
 ) -> None:
-    """The comparison can fail: one cell of one demonstration is enough."""
+    """The comparison can fail: one cell of one demonstration is enough, and adapted, one of an evaluation task."""
     data = shutil.copytree(data_dir, tmp_path / "data")
-    file = data / "training" / "flip.json"
+    file = data / ("evaluation/turn.json" if split == "adapted" else "training/flip.json")
     task = json.loads(file.read_text())
     task["train"][0]["output"][0][0] = (task["train"][0]["output"][0][0] + 1) % 10
     file.write_text(json.dumps(task))
