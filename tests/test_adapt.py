@@ -141,7 +141,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     flags = ("--epochs", "2", "--adapt", "--unseen", str(data_dir), *FAST)
     wire = Tripwire("[Batch    2]", 2, signal.SIGINT)
     assert run_into(wire, [*small_flags, *flags, "--output_dir", str(tmp_path / "run")]) == 130
-    resumed = small_run(tmp_path / "run", "--epochs", "2", "--resume")  # --adapt and its splits come from the checkpoint
+    # --adapt and its splits come from the checkpoint
+    resumed = small_run(tmp_path / "run", "--epochs", "2", "--resume")
     assert resumed.code == 0, resumed.stderr
     assert timeless(resumed.rows) == timeless(adapted.rows)
     assert differences_of_runs(resumed.folder, adapted.folder) == []
