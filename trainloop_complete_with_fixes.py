@@ -1491,8 +1491,9 @@ def install_signal_handlers(run: Run) -> Callable[[], None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 1 (a checkpoint could not be written), 2 (the user can mend it), 3 (a red
-    flag under --strict), 128 + n (signal n). Also called from notebook cells: main(["--epochs", "1"])."""
+    """The command. Returns the exit code: 0, 1 (a checkpoint or the submission could not be written), 2 (the user can
+    mend it), 3 (a red flag under --strict), 128 + n (signal n). Also called from notebook cells: main(["--epochs",
+    "1"])."""
     started = time.monotonic()
     args, given = parse_arguments(argv)
     log = RunLog(quiet=args.quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -230,7 +231,7 @@ def test_an_existing_file_is_replaced_at_once(evaluate: Evaluate, data_dir: Path
         (".", "is a folder"),
         ("a_file/submission.json", "a_file is a file"),
         ("pipe", "no regular file"),
-        ("x" * 300, os.strerror(36)),
+        ("x" * 300, os.strerror(errno.ENAMETOOLONG)),
         ("", "is a folder"),
     ],
 )
