@@ -1414,7 +1414,8 @@ def describe(run: Run) -> None:
     )
     lines = [
         run.qwen.description,
-        f"Device: {device_name(run.device)} | AMP: {run.precision.name} ({run.precision.reason}), {torch.get_num_threads()} threads",
+        f"Device: {device_name(run.device)} | AMP: {run.precision.name} ({run.precision.reason}), "
+        f"{torch.get_num_threads()} threads",
         f"Agent: {sum(p.numel() for p in run.agent.parameters()):,} parameters, {args.agent_blocks} blocks x "
         f"{args.agent_passes} passes, width {args.agent_width} | learning rates: {rates}",
         f"Data: {run.data.name}, {len(run.training)} training tasks, {episodes} episodes x {args.views} views{unseen}",
@@ -1480,7 +1481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag under --strict), 128 + n (signal n). Also called from notebook cells: main(["--epochs", "1"])."""
     started = time.monotonic()
     args, given = parse_arguments(argv)
-    log = RunLog(quiet=args.quiet, tensorboard=not args.no_tensorboard)
+    # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
+    log = RunLog(quiet=args.quiet, tensorboard=not (args.no_tensorboard or args.eval_only))
     persistence, checkpoint = None, None
     try:
         if args.print_config:

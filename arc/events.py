@@ -192,7 +192,7 @@ class EventLog:
         self._log(f"TensorBoard: event files cannot be written ({error.strerror or error}); going on without them")
 
     def _rewrite(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> io.FileIO:
-        """One new file with everything that `rows` say, then the old ones are removed. Returns it, open."""
+        """One new file with everything that `rows` say, then the old ones are emptied. Returns it, open."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,10 @@ class EventLog:
         temporary.write_bytes(b"".join(records))
         temporary.replace(target)
         for file in old:
-            file.unlink()
+            if file.stat().st_size:
+                os.truncate(file, 0)  # not removed: a TensorBoard that is reading it would never get past it
+            else:
+                file.unlink()  # emptied the last time
         return open(target, "ab", buffering=0)
 
 
