@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from arc import efe as free_energy
 from arc.agent import AgentOutput, GridAgent, voted_grid
@@ -52,18 +51,20 @@ from arc.batches import (
     prediction_order,
     unpad_grid,
 )
-from arc.device import Precision, resolve_device, resolve_precision
+from arc.config import read_config
+from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.flags import Arguments, cannot_write, cannot_write_file, default_cache
+from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
 from arc.predict import PairPrediction, SplitReport, TwoPasses, all_attempts, predict_tasks, score_predictions
-from arc.qwen import QwenPrompt, build_qwen
+from arc.qwen import QwenPrompt, build_qwen, quiet_downloads
 from arc.runlog import RunLog
 from arc.splits import LABELS, NEW, Split, adapted_tasks, input_digests, splits_by_content, training_fingerprint
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
+from arc.terminal import Pace, duration
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
 from policy_refined import (
     Feedback,
@@ -93,12 +94,20 @@ ABLATION = {
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
     "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
-    "submission", "backup_dir", "backup_quota_gb",
+    "submission", "backup_dir", "backup_quota_gb", "no_tensorboard",
 }  # fmt: skip
 # What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
 HARMLESS = OF_THE_COMMAND | {"epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit"}
 # And under --eval_only, where nothing is trained: another machine, another copy of the same Qwen.
 HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
+
+
+# The order of --help: what every run needs, then what belongs to the fixes.
+HEADINGS = (
+    "run", "data", "agent", "validation and records", "checkpoints",
+    "the seven fixes", "fix 1: Qwen trains", "fixes 2 and 6: the loss is the goal, and its signs",
+    "fix 3: hard cells", "fix 4: size warm-up", "fix 5: memory", "fix 7: mixed precision and clipping",
+)  # fmt: skip
 
 
 def ablation_list(text: str) -> tuple[int, ...]:
@@ -112,11 +121,26 @@ def ablation_list(text: str) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def split_list(text: str) -> tuple[str, ...]:
+    """'seed,unseen' -> ('seed', 'unseen')."""
+    splits = [part.strip() for part in text.split(",") if part.strip()]
+    if not splits or not set(splits) <= {"seed", "unseen", "adapted"} or len(set(splits)) < len(splits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted")
+    return tuple(splits)
+
+
 def build_parser() -> Arguments:
     """Every flag, in groups; the names are part of the product."""
     parser = Arguments((__doc__ or "").split("\n\n")[0])
-    number = parser.number
-    g = parser.add_argument_group("run")
+    number = Number
+    parser.declare_groups(HEADINGS)
+    g = parser.group("run")
+    g.add_argument(
+        "--config", metavar="FILE", help="flags as a JSON object, a run's config.json too; the command line wins"
+    )
+    g.add_argument(
+        "--print_config", action="store_true", help="print the resolved flags as JSON and leave; nothing is written"
+    )
     g.add_argument("--epochs", type=number(int, 1), default=20, help="passes over all episodes")
     g.add_argument("--max_batches", type=number(int, 0), default=0, help="batches an epoch at most; 0: all")
     g.add_argument(
@@ -126,7 +150,6 @@ def build_parser() -> Arguments:
         help="seconds for the whole command, final validation included (about); 0: no limit",
     )
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    g.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision (fix 7)")
     g.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of everything random")
     g.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads for torch; 0: torch's own choice")
     g.add_argument(
@@ -145,7 +168,7 @@ def build_parser() -> Arguments:
     )
     g.add_argument("--strict", action="store_true", help="a red flag saves and stops the run with exit code 3")
     g.add_argument("--quiet", action="store_true", help="no log lines or bars on stdout; train.log has them all")
-    g = parser.add_argument_group("data")
+    g = parser.group("data")
     g.add_argument("--data", default="arcagi2", help="arcagi2, arcagi1, kaggle2025, a JSON file or a folder")
     g.add_argument(
         "--adapt",
@@ -163,7 +186,7 @@ def build_parser() -> Arguments:
         help="padded grid cells in a batch at most (but at least one episode)",
     )
     g.add_argument("--cache_dir", default=default_cache(), help="for the evidence and the built-in tiny Qwen")
-    g = parser.add_argument_group("Qwen (fix 1)")
+    g = parser.group("fix 1: Qwen trains")
     g.add_argument(
         "--qwen", default="auto", help="auto: Qwen/Qwen2.5-0.5B on cuda, else tiny; tiny; a hub name; a folder"
     )
@@ -178,7 +201,7 @@ def build_parser() -> Arguments:
     g.add_argument("--max_context_tokens", type=number(int, 16), default=1536, help="Qwen reads whole pairs up to this")
     g.add_argument("--prompt_len", type=number(int, 1, 64), default=4, help="K, vectors of a prompt")
     g.add_argument("--prompt_dim", type=number(int, 4, 4096), default=128, help="D, their width")
-    g = parser.add_argument_group("agent")
+    g = parser.group("agent")
     g.add_argument("--agent_lr", type=number(float, 0, above=True), default=1e-3, help="learning rate of the agent")
     g.add_argument("--agent_width", type=number(int, 16, 4096), default=128, help="width of a token")
     g.add_argument("--agent_heads", type=number(int, 1, 64), default=2, help="attention heads")
@@ -192,7 +215,7 @@ def build_parser() -> Arguments:
     g.add_argument(
         "--ema", type=number(float, 0, 0.99999), default=0.995, help="decay of the averaged weights; 0: none"
     )
-    g = parser.add_argument_group("policy and loss (fixes 2, 3, 4, 6)")
+    g = parser.group("fixes 2 and 6: the loss is the goal, and its signs")
     g.add_argument("--policy_lr", type=number(float, 0, above=True), default=1e-3, help="learning rate of the policy")
     g.add_argument(
         "--policy_objective",
@@ -204,11 +227,6 @@ def build_parser() -> Arguments:
     g.add_argument("--no_policy", action="store_true", help="control: no refinement, the agent trained on one pass")
     g.add_argument("--refined_views", type=number(int, 1, 64), default=2, help="views answered after refinement too")
     g.add_argument("--feedback_pairs", type=number(int, 1, 2), default=2, help="context pairs that give feedback")
-    g.add_argument("--grid_focus", type=number(float, 0), default=8.0, help="nearly right grids count more (fix 3)")
-    g.add_argument(
-        "--hard_floor", type=number(float, 0, 1), default=0.5, help="weight of an already right cell (fix 3)"
-    )
-    g.add_argument("--warmup_epochs", type=number(int, 1), default=3, help="of the size curriculum (fix 4)")
     for weight in dataclasses.fields(EfeWeights):
         g.add_argument(
             f"--w_{weight.name}",
@@ -216,19 +234,27 @@ def build_parser() -> Arguments:
             default=weight.default,
             help=f"weight of the efe term {weight.name}",
         )
-    g = parser.add_argument_group("memory (fix 5)")
+    g = parser.group("fix 3: hard cells")
+    g.add_argument("--grid_focus", type=number(float, 0), default=8.0, help="how much more nearly right grids count")
+    g.add_argument("--hard_floor", type=number(float, 0, 1), default=0.5, help="weight of an already right cell")
+    g = parser.group("fix 4: size warm-up")
+    g.add_argument("--warmup_epochs", type=number(int, 1), default=3, help="epochs of the size curriculum")
+    g = parser.group("fix 5: memory")
     g.add_argument("--memory_size", type=number(int, 1), default=1024, help="entries of the memory bank")
-    g = parser.add_argument_group("optimization (fix 7) and ablation")
+    g = parser.group("fix 7: mixed precision and clipping")
+    g.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     g.add_argument(
         "--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm of each group; 0: none"
     )
     g.add_argument("--grad_accum", type=number(int, 1), default=1, help="batches for one optimizer step")
+    g = parser.group("the seven fixes")
     g.add_argument("--ablate", type=ablation_list, default=(), help="fixes turned back to the old behaviour: 1,3,...")
-    g = parser.add_argument_group("validation and records")
+    g = parser.group("validation and records")
     g.add_argument("--val_every", type=number(int, 0), default=1, help="epochs between validations; 0: only at the end")
     g.add_argument(
         "--val_splits",
-        default="seed",
+        type=split_list,
+        default=("seed",),
         help="comma-separated: seed (test pairs of the training tasks), unseen, adapted; with --adapt seed,adapted",
     )
     g.add_argument(
@@ -237,7 +263,8 @@ def build_parser() -> Arguments:
     g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
     g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
     g.add_argument("--log_every", type=number(int, 1), default=10, help="batches between log lines")
-    g = parser.add_argument_group("checkpoints")
+    g.add_argument("--no_tensorboard", action="store_true", help="no event files, even if tensorboard is installed")
+    g = parser.group("checkpoints")
     g.add_argument("--output_dir", default=None, help="the run's folder (default: runs/arc_complete_YYYYMMDD_HHMMSS)")
     g.add_argument(
         "--resume",
@@ -255,7 +282,8 @@ def build_parser() -> Arguments:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """Parse and check flags; all problems in one line and exit code 2. Returns also the flags given explicitly.
+    """Parse and check flags; all problems in one line and exit code 2. Returns also the flags given explicitly, on the
+    command line or by --config.
 
     In a notebook cell `sys.argv` holds the kernel's own arguments, which are not ours.
     """
@@ -271,8 +299,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set
         for option in action.option_strings
         if any(word == option or word.startswith(option + "=") for word in argv)
     }
+    if args.config is not None:
+        for name, value in read_config(parser, Path(args.config), resuming=args.resume is not None).items():
+            if name not in given:
+                setattr(args, name, value)
+                given.add(name)
     if args.adapt and "val_splits" not in given:
-        args.val_splits = "seed,adapted"
+        args.val_splits = ("seed", "adapted")
     parser.problems += conflicts(args)
     if parser.problems:
         parser.report()
@@ -286,13 +319,9 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({4 * args.agent_heads})"
         )
-    splits = [part.strip() for part in args.val_splits.split(",") if part.strip()]
-    if not splits or not set(splits) <= {"seed", "unseen", "adapted"} or len(set(splits)) < len(splits):
-        problems.append(f"--val_splits: {args.val_splits!r} is not a list of seed, unseen, adapted")
-    args.val_splits = tuple(splits)
-    if args.adapt and "unseen" in splits:
+    if args.adapt and "unseen" in args.val_splits:
         problems.append("--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on")
-    if "adapted" in splits and not args.adapt and not args.resume:  # on resume the checkpoint's --adapt holds
+    if "adapted" in args.val_splits and not args.adapt and not args.resume:  # on resume the checkpoint's --adapt holds
         problems.append("--val_splits adapted needs --adapt")
     if args.submission is not None:
         if problem := cannot_write_file(Path(args.submission)):
@@ -477,6 +506,8 @@ class Run:
     flags_raised: set[str] = field(default_factory=set)
     validation_estimate: float = 0.0  # seconds
     seconds_per_cell: float = 0.0  # of training, measured; to know how long a validation will take
+    pace: Pace = field(default_factory=Pace)
+    unprepared: set[int] = field(default_factory=set)  # training tasks whose evidence this process has yet to wait for
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -707,8 +738,9 @@ def backbone_is_frozen(run: Run) -> bool:
 
 
 def saved_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as plain values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(vars(args).items())}
+    """The flags as plain values; those that only say where flags come from and go to are none of a run's."""
+    values = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "print_config")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def save_checkpoint(run: Run, *, wait: bool = False) -> None:
@@ -942,6 +974,21 @@ def make_loader(run: Run, data: torch.utils.data.Dataset, sampler: Any) -> DataL
     )
 
 
+def evidence_bar(run: Run) -> Any:
+    """A bar for the training tasks whose evidence is still to be prepared, which the workers do as tasks come up; none
+    where all is there."""
+    run.unprepared = {index for index, task in enumerate(run.training) if not run.store.is_prepared(task)}
+    nothing = run.args.quiet or not run.unprepared
+    return run.log.bar(total=len(run.unprepared), desc="evidence prepared", unit="task", disable=nothing)
+
+
+def count_prepared(run: Run, batch: TrainBatch) -> int:
+    """How many of the batch's tasks had to be prepared for it."""
+    met = run.unprepared & set(batch.task.tolist())
+    run.unprepared -= met
+    return len(met)
+
+
 def worker_count(run: Run) -> int:
     """--workers, by default one less than there are cores, between 1 and 4."""
     return run.args.workers if run.args.workers >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
@@ -960,7 +1007,7 @@ def predict_split(run: Run, split: Split) -> list[PairPrediction]:
     data = PredictionData(tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs)
     order = prediction_order(tasks, views=len(views), max_cells=4 * run.args.max_cells)
     loader = make_loader(run, data, order)
-    bar = tqdm(loader, total=len(order), desc=f"predicting {split.name}", leave=False, disable=run.args.quiet)
+    bar = run.log.bar(loader, total=len(order), desc=f"predicting {split.name}", unit="batch")
     return predict_tasks(tasks, bar, functools.partial(predict_batch, run, numbers), run.store)
 
 
@@ -996,9 +1043,10 @@ def predict_splits(run: Run, splits: Sequence[Split]) -> dict[str, list[PairPred
     predicted = {}
     with run.average.applied() if run.average else contextlib.nullcontext():
         for split in splits:
-            predicted[split.name] = predict_split(run, split)
-            attempts = all_attempts(predicted[split.name])
-            write_submission(run.log.folder / f"predictions-{split.name}.json", attempts, split.tasks)
+            pairs = predicted[split.name] = predict_split(run, split)
+            write_submission(run.log.folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
+            if run.log.events is not None and split.name in run.args.val_splits:
+                run.log.events.pictures(split.name, run.state.step, pairs)
     for module in run.modules.values():
         module.train(was_training)
     return predicted
@@ -1156,12 +1204,14 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     weight = size_weight(run)
     last_saved, done, accumulated, began = state.step, state.batch, 0, 0.0
     pending: list[dict[str, Any]] = []
-    bar = tqdm(total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch", leave=False, disable=args.quiet)
-    with bar:
+    bar = run.log.bar(total=count, initial=done, desc=f"epoch {state.epoch}", unit="batch")
+    preparing = evidence_bar(run)
+    with bar, preparing:
         for fetched in loader:  # starts at state.batch: a resumed run enters in mid-epoch
             if not accumulated:
                 began = time.monotonic()
             batch: TrainBatch = fetched.to(run.device)
+            preparing.update(count_prepared(run, batch))
             noise = policy_noise(run, args.policy_samples, len(batch.task), done)
             rates = run.optimizer.set_rates(learning_rate_factor(state.step, progress(run, count)))
             with run.autocast():  # FIX 7
@@ -1231,6 +1281,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 pending.clear()
                 bar.update(done - bar.n)
                 bar.set_postfix_str(f"{row['queries'] / took:.0f} samples/s, loss {row['loss']:.3f}", refresh=False)
+                if (seconds := run.pace.measure(state.step)) is not None:
+                    log_expected_time(run, seconds, count)
                 check_red_flags(run, row)
                 if state.step // args.save_every > last_saved // args.save_every:
                     save_checkpoint(run)
@@ -1292,18 +1344,37 @@ EVIDENCE_SECONDS = 0.09  # to prepare one task on one core, measured on the mach
 
 
 def validation_seconds(run: Run) -> float:
-    """How long the final validation will take, by the speed of training: half of a training step for each view, plus
-    the preparation of evidence that is not there yet. 0 until a speed is measured; looked at anew every 20 batches."""
+    """What the final validation needs of the time budget, at most half of it. 0 until a speed is measured; looked at
+    anew every 20 batches."""
     if not run.seconds_per_cell:
         return 0.0
     if run.state.step % 20 == 0 or not run.validation_estimate:
-        tasks = [task for split in run.splits for task in split.tasks]
-        tasks += all_tasks(run.data) if run.args.submission else []
-        cells = sum(pair.input.size for task in tasks for pair in task.test) * run.args.val_views
-        missing = sum(not run.store.is_prepared(task) for task in tasks) / max(1, worker_count(run))
-        estimate = 0.5 * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
-        run.validation_estimate = min(estimate, 0.5 * run.args.time_budget)
+        run.validation_estimate = min(expected_validation(run), 0.5 * run.args.time_budget)
     return run.validation_estimate
+
+
+def expected_validation(run: Run) -> float:
+    """Seconds that a validation (and a submission after it) will take, by the speed of training: half of a training
+    step for each view, plus the preparation of evidence that is not there yet."""
+    tasks = [task for split in run.splits for task in split.tasks]
+    tasks += all_tasks(run.data) if run.args.submission else []
+    cells = sum(pair.input.size for task in tasks for pair in task.test) * run.args.val_views
+    missing = sum(not run.store.is_prepared(task) for task in tasks) / max(1, worker_count(run))
+    return 0.5 * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
+
+
+def log_expected_time(run: Run, seconds_per_batch: float, count: int) -> None:
+    """How long an epoch of `count` batches, a validation and the run will take at the speed of the first batches."""
+    args, epoch, validation = run.args, seconds_per_batch * count, expected_validation(run)
+    left = args.epochs - run.state.epoch - run.state.batch / count  # epochs
+    validations = math.ceil(left / args.val_every) if args.val_every else 1
+    whole = f"{duration(left * epoch + validations * validation)} until epoch {args.epochs} is over"
+    if args.time_budget:
+        whole += f", if --time_budget {args.time_budget:g} s does not end it before"
+    run.log(
+        f"[Epoch {run.state.epoch}] Expected time: about {duration(epoch)} an epoch ({count} batches) and "
+        f"{duration(validation)} a validation, {whole}"
+    )
 
 
 def out_of_time(run: Run) -> bool:
@@ -1424,16 +1495,21 @@ def describe(run: Run) -> None:
     tree, frozen = checkpoint_tree(run), frozen_parts(run)
     size = ModelPersistence.estimate_bytes(tree) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
-    parts = [f"{len(run.training)} training tasks, {episodes} episodes x {args.views} views"] if run.training else []
-    parts += [f"{split.name}: {len(split.tasks)} tasks" for split in run.splits if split.name != "seed"]
+    trained = f"{len(run.training)} training tasks, {episodes} episodes x {args.views} views"
+    validated = ", ".join(
+        f"{sum(len(task.test) for task in split.tasks)} test pairs of {len(split.tasks)} {split.name} tasks"
+        for split in run.splits
+    )
     lines = [
         run.qwen.description,
-        f"Device: {run.device} | AMP: {run.precision.name} ({run.precision.reason}), {torch.get_num_threads()} threads",
+        f"Device: {device_name(run.device)} | AMP: {run.precision.name} ({run.precision.reason}), "
+        f"{torch.get_num_threads()} threads",
         f"Agent: {sum(p.numel() for p in run.agent.parameters()):,} parameters, {args.agent_blocks} blocks x "
         f"{args.agent_passes} passes, width {args.agent_width} | learning rates: {rates}",
-        f"Data: {run.data.name}, {' | '.join(parts)}",
+        f"Data: {run.data.name}" + (f", {trained}" if run.training else ""),
+        f"Validation: {validated} with {args.val_views} views each",
         f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all",
-        f"Folder: {args.output_dir}",
+        f"Folder: {args.output_dir}" + (", with TensorBoard's events in it" if run.log.events is not None else ""),
     ]
     run.log("\n".join(lines))
     if run.persistence is not None and (warning := run.persistence.space_warning(tree, frozen)):
@@ -1496,16 +1572,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     "1"])."""
     started = time.monotonic()
     args, given = parse_arguments(argv)
-    log = RunLog(quiet=args.quiet)
+    # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
+    log = RunLog(quiet=args.quiet, tensorboard=not (args.no_tensorboard or args.eval_only))
     persistence, checkpoint = None, None
     try:
+        if args.print_config:
+            return print_config(args, given)
         folder, which = open_run_folder(args)
         if which is not None:
             persistence = open_persistence(args, folder, log)
             checkpoint = persistence.load(which)
             adopt_flags(args, given, checkpoint.state["extra"]["flags"])
         args.output_dir = str(folder)
-        run = build_run(args, log, started, None if checkpoint is None else checkpoint.state["extra"]["data"])
+        data = None if checkpoint is None else checkpoint.state["extra"]["data"]
+        with quiet_downloads() if args.quiet else contextlib.nullcontext():
+            run = build_run(args, log, started, data)
         if checkpoint is not None:
             restore(run, checkpoint)
         if persistence is None:
@@ -1518,11 +1599,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     run.persistence = persistence
     try:
-        with persistence:
+        with persistence, contextlib.closing(log):
             return run_command(run, checkpoint)
     except PersistenceError as problem:  # the last background write failed
         log(f"error: {problem}", error=True)
         return 1
+
+
+def print_config(args: argparse.Namespace, given: set[str]) -> int:
+    """The flags as a run with this command line would have them, as JSON on stdout. What the model decides when it is
+    built (--qwen_lr), and the name of a new run's folder, is null."""
+    folder, which = open_run_folder(args)
+    if which is not None:
+        with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
+            adopt_flags(args, given, persistence.load(which).state["extra"]["flags"])
+        args.output_dir = str(folder)
+    print(json.dumps(saved_flags(args), indent=2, allow_nan=False))
+    return 0
 
 
 def open_persistence(args: argparse.Namespace, folder: Path, log: RunLog) -> ModelPersistence:
@@ -1577,7 +1670,7 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
 
 
 def write_config(run: Run) -> None:
-    """The resolved flags as config.json, for people; a resume reads the checkpoint's own copy."""
+    """The resolved flags as config.json, for people and for --config; a resume reads the checkpoint's own copy."""
     path = Path(run.args.output_dir) / "config.json"
     path.write_text(json.dumps(saved_flags(run.args), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -34,6 +34,14 @@ def resolve_device(choice: str) -> torch.device:
     return torch.device(choice)
 
 
+def device_name(device: torch.device) -> str:
+    """The device for people: "cpu", or "cuda (NVIDIA T4, 15 GiB)"."""
+    if device.type != "cuda":
+        return device.type
+    card = torch.cuda.get_device_properties(device)
+    return f"cuda ({card.name}, {card.total_memory / 2**30:.0f} GiB)"
+
+
 def resolve_precision(choice: str, device: torch.device) -> Precision:
     """The precision for --amp auto|bf16|fp16|off on `device`.
 

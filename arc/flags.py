@@ -7,9 +7,47 @@ import argparse
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argparse type: a whole number (kind int) or any finite one (float) in [low, high]; above: in (low, high]."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.kind(text)
+            good = math.isfinite(value) and (value > self.low if self.above else value >= self.low)
+            good = good and value <= self.high
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            bound = f"{'above' if self.above else 'at least'} {self.low:g}"
+            bound += "" if self.high == math.inf else f" and at most {self.high:g}"
+            what = "a whole" if self.kind is int else "a"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} number {bound}")
+        return value
+
+
+class Help(argparse.HelpFormatter):
+    """Help that ends with the flag's default, unless the text names it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default, text = action.default, action.help or ""
+        if default is argparse.SUPPRESS or "default" in text:
+            return text
+        if action.nargs == 0:
+            return f"{text} (default: {'on' if default else 'off'})"
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str("" if default is None else default)
+        return f"{text} (default: {shown.replace('%', '%%') or 'none'})"
 
 
 class Arguments(argparse.ArgumentParser):
@@ -18,10 +56,12 @@ class Arguments(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(
             prog="trainloop_complete_with_fixes.py",
+            usage="%(prog)s [flags]",
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
         )
+        self._groups: dict[str, argparse._ArgumentGroup] = {}
         self.problems: list[str] = []
 
     def error(self, message: str) -> NoReturn:
@@ -32,30 +72,34 @@ class Arguments(argparse.ArgumentParser):
         """One line on stderr, exit code 2."""
         self.exit(2, f"error: {' '.join('; '.join(self.problems).split())}\n")
 
-    def number(self, kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-        """An argparse type: a number in [low, high] (above: in (low, high]); problems are collected."""
-        bound = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+    def declare_groups(self, titles: Sequence[str]) -> None:
+        """The groups of --help in their order, wherever in the source their flags stand."""
+        self._groups = {title: self.add_argument_group(title) for title in titles}
 
-        def parse(text: str) -> Any:
-            try:
-                value = kind(text)
-                good = math.isfinite(value) and (value > low if above else value >= low) and value <= high
-            except (ValueError, OverflowError):
-                good = False
-            if not good:
-                raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}")
-            return value
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """A declared group."""
+        return self._groups[title]
 
-        return parse
+    def value_of(self, action: argparse.Action, text: str) -> Any:
+        """The value that `text` gives to a flag. ValueError with the reason, without the flag's name."""
+        try:
+            value = self._get_value(action, text)
+            self._check_value(action, value)
+        except argparse.ArgumentError as problem:
+            raise ValueError(self._reason(action, text, problem)) from problem
+        return value
+
+    def _reason(self, action: argparse.Action, text: str, problem: argparse.ArgumentError) -> str:
+        if action.choices is not None:
+            return f"{text!r} is none of {', '.join(map(str, action.choices))}"
+        return problem.message
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         # The one place all values pass on their way in; a bad one becomes a problem and the default stands in for it.
         try:
             return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as problem:
-            reason = problem.message
-            if action.choices is not None:
-                reason = f"{arg_strings[0]!r} is none of {', '.join(map(str, action.choices))}"
+            reason = self._reason(action, arg_strings[0] if arg_strings else "", problem)
             self.problems.append(f"{'/'.join(action.option_strings)}: {reason}")
             return action.default
 

@@ -328,6 +328,21 @@ def _hub_folder(name: str) -> Path:
         raise ValueError(f"--qwen {name}: the download failed ({_one_line(error)}); {WAYS_OUT}") from error
 
 
+@contextlib.contextmanager
+def quiet_downloads() -> Iterator[None]:
+    """No bars from the hub's client inside; as they were afterwards."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def _ask_hub(name: str) -> str | None:
     """Why the hub cannot deliver `name`, as the end of a sentence; None if it can. Takes at most _HUB_SECONDS."""
     from huggingface_hub import constants

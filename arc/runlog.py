@@ -1,4 +1,4 @@
-"""The run's records: log lines on stdout and in train.log, numbers in metrics.jsonl."""
+"""The run's records: log lines and bars, train.log, metrics.jsonl, and TensorBoard's events where that is installed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from arc import events
+from arc.terminal import is_live, progress_bar
+
 
 class RunLog:
-    """Writes log lines to stdout (around progress bars, not through them) and to train.log, and rows to metrics.jsonl.
+    """Writes log lines to stdout (around progress bars, not through them) and to train.log, and rows to metrics.jsonl
+    and, if `tensorboard`, to event files below tensorboard/.
 
     Lines logged before `open` are kept and written to train.log once the run's folder exists, so that nothing is
     written anywhere while the arguments are still being checked.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, tensorboard: bool = False) -> None:
+        self.quiet, self.tensorboard = quiet, tensorboard
+        self.events: events.EventLog | None = None
         self.folder: Path | None = None
         self.early: list[str] = []
         self.rows = 0  # rows in metrics.jsonl; goes into every checkpoint
@@ -33,16 +38,29 @@ class RunLog:
         for line in self.early:
             self._append("train.log", line)
         self.early.clear()
+        kept = self._keep_metrics(rows)
         if rows is not None:
-            self._truncate_metrics(rows)
             self.rows = rows
+        if self.tensorboard and events.installed():
+            self.events = events.open_events(folder / "tensorboard", [json.loads(line) for line in kept], self)
+
+    def close(self) -> None:
+        """Close the event file; everything else is closed after each line."""
+        if self.events is not None:
+            self.events.close()
+
+    def bar(self, iterable: Any = None, **options: Any) -> Any:
+        """A tqdm bar on stderr (see `arc.terminal.progress_bar`); none under --quiet."""
+        return progress_bar(iterable, **{"disable": self.quiet, **options})
 
     def __call__(self, line: str = "", *, error: bool = False) -> None:
         """Log one line (or several, separated by newlines)."""
-        if error:
-            tqdm.write(line, file=sys.stderr)
-        elif not self.quiet:
-            tqdm.write(line, file=sys.stdout)
+        if error or not self.quiet:
+            stream = sys.stderr if error else sys.stdout
+            if is_live():
+                tqdm.write(line, file=stream)  # around bars that are redrawn in place
+            else:
+                print(line, file=stream, flush=True)
         if self.folder is None:
             self.early.append(line)
         else:
@@ -53,6 +71,8 @@ class RunLog:
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
         self._append("metrics.jsonl", json.dumps(clean, allow_nan=False))
         self.rows += 1
+        if self.events is not None:
+            self.events.scalars(clean)
 
     def _append(self, name: str, line: str) -> None:
         assert self.folder is not None
@@ -63,13 +83,17 @@ class RunLog:
         finally:
             os.close(descriptor)
 
-    def _truncate_metrics(self, rows: int) -> None:
-        """Keep the first `rows` rows; replaces the file atomically."""
+    def _keep_metrics(self, rows: int | None) -> list[bytes]:
+        """Keep the first `rows` rows (None: all), but no row that a kill has torn; the file is replaced atomically.
+        Returns what is kept, a line each."""
         assert self.folder is not None
         path = self.folder / "metrics.jsonl"
         if not path.exists():
-            return
-        kept = path.read_bytes().splitlines(keepends=True)[:rows]
-        temporary = path.with_name(f".metrics-{os.getpid()}.tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+            return []
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines[:rows] if line.endswith(b"\n")]
+        if len(kept) < len(lines):
+            temporary = path.with_name(f".metrics-{os.getpid()}.tmp")
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
+        return kept

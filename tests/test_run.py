@@ -217,7 +217,7 @@ def test_nothing_unfinished_is_left(finished: Outcome) -> None:
     names = {re.sub(r"\d{9}", "N", path.name) for path in finished.folder.iterdir()}
     assert names == {
         *("LOCK", "train.log", "metrics.jsonl", "config.json", "predictions-seed.json", "predictions-unseen.json"),
-        *("step-N", "best-accuracy_delta", "best-val_accuracy"),
+        *("step-N", "best-accuracy_delta", "best-val_accuracy", "tensorboard"),
     }
 
 

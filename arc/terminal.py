@@ -1,0 +1,80 @@
+"""What a person watches: bars, on a terminal and where there is none, and how long things take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import std
+from tqdm.auto import tqdm
+
+LINE_SECONDS = 30.0  # between two lines of a bar where nothing can be redrawn
+
+
+def is_live() -> bool:
+    """Whether bars can be redrawn in place: stderr is a terminal, or a notebook's cell."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+class LineBar(std.tqdm):
+    """A bar for log files: at most one line every LINE_SECONDS, one at the end, and no control characters."""
+
+    disable: bool  # set by tqdm, which has no annotations
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        # No line before the first interval is over; maxinterval is when tqdm's monitor draws by itself.
+        super().__init__(
+            iterable, mininterval=LINE_SECONDS, maxinterval=2 * LINE_SECONDS, delay=LINE_SECONDS, **options
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        self.fp.write(f"{self}\n")
+        return True
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
+            self.display()
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> std.tqdm:
+    """A tqdm bar on stderr. Where it can be redrawn it is, and vanishes at its end; elsewhere it is a `LineBar`.
+
+    options: those of tqdm (total, initial, desc, unit, disable, ...).
+    """
+    if is_live():
+        return tqdm(iterable, leave=False, **options)
+    return LineBar(iterable, **options)
+
+
+class Pace:
+    """Seconds that a batch takes in this process, waiting for data included, from the first WINDOW batches after the
+    first one (which has to wait for everything to start)."""
+
+    WINDOW = 10
+
+    def __init__(self) -> None:
+        self._start: tuple[int, float] | None = None
+        self._told = False
+
+    def measure(self, step: int) -> float | None:
+        """To be called after each optimizer step with the batches done. The seconds once, when they are known; before
+        and after that None."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = step, now
+        batches = step - self._start[0]
+        if self._told or batches < self.WINDOW:
+            return None
+        self._told = True
+        return (now - self._start[1]) / batches
+
+
+def duration(seconds: float) -> str:
+    """About how long, for people: 48 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
