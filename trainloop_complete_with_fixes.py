@@ -56,7 +56,7 @@ from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache
+from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache, in_ipython, own_arguments
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
 from arc.predict import PairPrediction, SplitReport, TwoPasses, all_attempts, predict_tasks, score_predictions
@@ -283,12 +283,9 @@ def build_parser() -> Arguments:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """Parse and check flags; all problems in one line and exit code 2. Returns also the flags given explicitly, on the
-    command line or by --config.
-
-    In a notebook cell `sys.argv` holds the kernel's own arguments, which are not ours.
-    """
+    command line or by --config."""
     if argv is None:
-        argv = [] if "ipykernel" in sys.modules and "ipykernel" in sys.argv[0] else sys.argv[1:]
+        argv = own_arguments()
     parser = build_parser()
     args, unknown = parser.parse_known_args(list(argv))
     if unknown:
@@ -1569,7 +1566,19 @@ def install_signal_handlers(run: Run) -> Callable[[], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 1 (a checkpoint or the submission could not be written), 2 (the user can
     mend it), 3 (a red flag under --strict), 128 + n (signal n). Also called from notebook cells: main(["--epochs",
-    "1"])."""
+    "1"]), which therefore ends without an exception for --help, for wrong flags and for Stop, and leaves nothing
+    locked."""
+    try:
+        return run_main(argv)
+    except SystemExit as leave:  # argparse's way to end; what there is to say is printed
+        return int(leave.code or 0)
+    except KeyboardInterrupt:  # before training begins, or a second one while the first is being obeyed
+        print("Interrupted: left at once, what was saved before counts", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def run_main(argv: Sequence[str] | None) -> int:
+    """`main`, but --help and wrong flags raise SystemExit, and an interruption that cannot wait KeyboardInterrupt."""
     started = time.monotonic()
     args, given = parse_arguments(argv)
     # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
@@ -1597,6 +1606,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             persistence.close()
         log(f"error: {problem}", error=True)
         return 2
+    except BaseException:  # in a notebook the process lives on: it must not keep the run's lock
+        if persistence is not None:
+            persistence.close()
+        raise
     run.persistence = persistence
     try:
         with persistence, contextlib.closing(log):
@@ -1676,4 +1689,6 @@ def write_config(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if not in_ipython():  # %run, or this file pasted into a cell: there SystemExit is shown as an error
+        sys.exit(exit_code)

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,3 +135,19 @@ def default_cache() -> str:
     return os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "arc-trainloop"
     )
+
+
+def in_ipython() -> bool:
+    """Whether this process is IPython's, as a notebook's kernel is; not whether something has imported IPython."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def own_arguments() -> list[str]:
+    """The command line's arguments that are the script's own: none in a notebook's cell.
+
+    There `sys.argv` is the command line of the kernel, whose launcher has many names (Colab's is not ipykernel's). What
+    tells a cell is that its `__main__` has no file, while that of `%run script.py --flag` has one.
+    """
+    in_cell = in_ipython() and not hasattr(sys.modules["__main__"], "__file__")
+    return [] if in_cell else sys.argv[1:]

@@ -139,10 +139,7 @@ def small_run(small_flags: tuple[str, ...]) -> SmallRun:
     def run(folder: Path, *flags: str) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = main([*small_flags, "--output_dir", str(folder), *flags])
-            except SystemExit as stop:
-                code = int(stop.code or 0)
+            code = main([*small_flags, "--output_dir", str(folder), *flags])
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return Outcome(code, folder, out.getvalue(), err.getvalue(), [json.loads(line) for line in lines])

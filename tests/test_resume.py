@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,6 +28,7 @@ from helpers import (
 
 import trainloop_complete_with_fixes as trainloop
 from model_persistence import ModelPersistence
+from trainloop_complete_with_fixes import main
 
 FLAGS = ("--epochs", "2", "--save_every", "4", *FAST)
 # Gradient accumulation, a loss scale, the score function's own noise, a frozen backbone: state that FLAGS do not have.
@@ -169,6 +173,44 @@ def test_several_resumes_in_a_row(uninterrupted: Outcome, small_flags: tuple[str
     assert codes == [130] * (len(codes) - 1) + [0]
     assert len(codes) > 4
     assert_same_run(tmp_path / "run", uninterrupted.folder)
+
+
+class Impatient(Tripwire):
+    """Sends its signal a second time when the program says that it is obeying the first."""
+
+    def write(self, text: str) -> int:
+        if "again to leave at once" in text:
+            signal.raise_signal(self.number)
+        return super().write(text)
+
+
+def test_a_second_interruption_leaves_at_once(
+    uninterrupted: Outcome, small_run: SmallRun, small_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Nothing is saved then, and nothing left behind: in a notebook the same process goes on."""
+    flags = [*small_flags, *FLAGS, "--save_every", "2", "--output_dir", str(tmp_path / "run")]
+    assert run_into(Impatient("[Batch    4]", 1, signal.SIGINT), flags) == 130
+    assert load(tmp_path / "run").step == 2
+    assert multiprocessing.active_children() == []
+    assert small_run(tmp_path / "run", *FLAGS, "--resume").code == 0
+    assert_same_run(tmp_path / "run", uninterrupted.folder)
+
+
+def test_an_interruption_while_the_run_is_built(small_flags: tuple[str, ...], data_dir: Path, tmp_path: Path) -> None:
+    """There is nothing to save yet; the run's folder, which a resume has opened by then, is free again."""
+    unseen = tmp_path / "unseen"  # one of the training tasks, so that building logs a line
+    shutil.copytree(data_dir / "training", unseen / "evaluation", ignore=lambda _, names: {*names} - {"flip.json"})
+    flags = [*small_flags, *FLAGS, "--val_splits", "seed,unseen", "--unseen", str(unseen)]
+    flags += ["--output_dir", str(tmp_path / "run")]
+    assert run_into(Tripwire("[Batch    3]", 1, signal.SIGINT), flags) == 130
+    before = everything_below(tmp_path / "run")
+    wire = Tripwire("Unseen split: 1 of 6", 1, signal.SIGINT)
+    with contextlib.redirect_stdout(wire), contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main([*flags, "--resume"])  # Python's own handler of SIGINT is in place here
+    assert (code, err.getvalue().count("\n")) == (130, 1) and err.getvalue().startswith("Interrupted: ")
+    assert everything_below(tmp_path / "run") == before
+    assert run_into(Tripwire("[Batch", 1, signal.SIGINT), [*flags, "--resume"]) == 130
+    assert load(tmp_path / "run").step == 4
 
 
 def test_signals_to_a_process_with_workers(small_run: SmallRun, small_flags: tuple[str, ...], tmp_path: Path) -> None:
