@@ -61,6 +61,7 @@ from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
 from arc.predict import PairPrediction, SplitReport, TwoPasses, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen
+from arc.report import keep_predictions, try_report
 from arc.runlog import RunLog
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
@@ -92,7 +93,7 @@ ABLATION = {
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
     "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
-    "backup_dir", "backup_quota_gb",
+    "report", "backup_dir", "backup_quota_gb",
 }  # fmt: skip
 # What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
 HARMLESS = OF_THE_COMMAND | {"epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit"}
@@ -214,6 +215,7 @@ def build_parser() -> Arguments:
     g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
     g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
     g.add_argument("--log_every", type=number(int, 1), default=10, help="batches between log lines")
+    g.add_argument("--report", action="store_true", help="write report.html after --eval_only too, as training does")
     g = parser.add_argument_group("checkpoints")
     g.add_argument("--output_dir", default=None, help="the run's folder (default: runs/arc_complete_YYYYMMDD_HHMMSS)")
     g.add_argument(
@@ -924,6 +926,7 @@ def validate(run: Run) -> dict[str, SplitReport]:
                 submission.setdefault(pair.task.id, []).append(pair.attempts())
             write_submission(run.log.folder / f"predictions-{name}.json", submission, tasks)
             report = score_predictions(name, pairs)
+            keep_predictions(run.log.folder, name, pairs, step=run.state.step, log=run.log)
             if report.score.pairs:
                 reports[name] = report
             else:
@@ -1423,10 +1426,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.persistence = persistence
     try:
         with persistence:
-            return run_command(run, checkpoint)
+            code = run_command(run, checkpoint)
     except PersistenceError as problem:  # the last background write failed
         log(f"error: {problem}", error=True)
         return 1
+    if code in (0, 3) and (args.report or not args.eval_only):  # done or stopped by a red flag; not when interrupted
+        try_report(folder, log)
+    return code
 
 
 def open_persistence(args: argparse.Namespace, folder: Path, log: RunLog) -> ModelPersistence:
