@@ -77,6 +77,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number(value: float) -> str:
     """A number as short as an axis needs it."""
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:.0f}"
     text = f"{value:.3g}"
     if "e" in text:
         mantissa, _, exponent = text.partition("e")
@@ -84,10 +86,13 @@ def number(value: float) -> str:
     return text
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str = "batch", log: bool = False) -> str:
+def line_chart(
+    title: str, series: Sequence[Series], *, x_label: str = "batch", log: bool = False, zero: bool = True
+) -> str:
     """A chart as one HTML `<figure>`, at most four series; where there are no points, a line says so.
 
-    A linear chart always shows zero. `log` asks for a logarithmic axis, which is used where all values are positive.
+    `log` asks for a logarithmic axis, which is used where all values are positive. A linear axis shows zero, unless
+    `zero` is off.
     """
     lines = [(one.label, downsample(one.points)) for one in series]
     lines = [(label, buckets) for label, buckets in lines if buckets]
@@ -95,7 +100,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "batch", 
     if not lines:
         return f'<figure class="chart">{caption}<p class="legend">nothing recorded yet</p></figure>'
     every = [bucket for _, buckets in lines for bucket in buckets]
-    axes = Axes.around(every, log=log)
+    axes = Axes.around(every, log=log, zero=zero)
     body = axes.draw(x_label) + "".join(_draw_line(axes, k, *line, x_label) for k, line in enumerate(lines))
     legend = "".join(
         f'<span><i class="s{k}"></i>{escape(label)} {number(buckets[-1].mean)}</span>'
@@ -116,12 +121,15 @@ class Axes:
     log: bool
 
     @classmethod
-    def around(cls, buckets: Sequence[Bucket], *, log: bool) -> Axes:
+    def around(cls, buckets: Sequence[Bucket], *, log: bool, zero: bool) -> Axes:
         """Axes that show all of `buckets` (not empty)."""
         x = min(b.x for b in buckets), max(b.x for b in buckets)
         y = min(b.low for b in buckets), max(b.high for b in buckets)
         log = log and y[0] > 0
-        y = (math.log10(y[0]), math.log10(y[1])) if log else (min(0.0, y[0]), max(0.0, y[1]))
+        if log:
+            y = math.log10(y[0]), math.log10(y[1])
+        elif zero:
+            y = min(0.0, y[0]), max(0.0, y[1])
         return cls(_widen(x), _widen(y, 0.04), log)
 
     def at(self, x: float, y: float) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from arc.tasks import Grid, parse_grid, read_json
 if TYPE_CHECKING:
     from arc.predict import PairPrediction  # which imports torch
 
-MAX_TASKS, FIXED_TASKS = 100, 80
+MAX_TASKS = 100  # of a split, and of a page
 
 CSS = """
 .arc-tasks { display: grid; gap: 1rem; }
@@ -31,7 +31,7 @@ CSS = """
 .arc-task header b { overflow-wrap: anywhere; }
 .arc-verdict { font-size: .85rem; border-radius: 1em; padding: 0 .6em; border: 1px solid currentColor; }
 .arc-good { color: #1a7f37; } .arc-bad { color: #c0362c; } .arc-other { color: #8250df; }
-.arc-row { display: flex; flex-wrap: wrap; gap: .6rem 1.1rem; margin-top: .5rem; align-items: flex-end; }
+.arc-row { display: flex; flex-wrap: wrap; gap: .6rem 1.1rem; margin-top: .5rem; align-items: flex-start; }
 .arc-row + .arc-row { border-top: 1px dashed rgba(128, 128, 128, .35); padding-top: .5rem; }
 .arc-row figure { margin: 0; max-width: 100%; }
 .arc-row figcaption { font-size: .8rem; opacity: .75; }
@@ -115,17 +115,17 @@ class Gallery:
     tasks: tuple[ShownTask, ...]
 
 
-def choose_tasks(ids: Iterable[str], changed: set[str]) -> list[str]:
-    """At most MAX_TASKS of `ids`, the same for the same arguments in any order.
+def choose_tasks(ids: Iterable[str], changed: set[str], limit: int = MAX_TASKS) -> list[str]:
+    """At most `limit` of `ids`, the same for the same arguments in any order.
 
-    The first FIXED_TASKS by the hash of the id, whatever became of them, so that the choice says something about the
-    whole and stays the same from one validation to the next; then `changed` ones that are not among them, since
-    there are few and they are what one wants to see; then more by the hash.
+    Four fifths by the hash of the id, whatever became of them, so that the choice says something about the whole and
+    stays the same from one validation to the next; then `changed` ones that are not among them, since there are few
+    and they are what one wants to see; then more by the hash.
     """
     ordered = sorted(ids, key=lambda task_id: hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).digest())
     return list(
-        dict.fromkeys([*ordered[:FIXED_TASKS], *(task_id for task_id in ordered if task_id in changed), *ordered])
-    )[:MAX_TASKS]
+        dict.fromkeys([*ordered[: limit * 4 // 5], *(task_id for task_id in ordered if task_id in changed), *ordered])
+    )[:limit]
 
 
 def make_gallery(split: str, predictions: Sequence[PairPrediction], *, step: int) -> Gallery:
@@ -260,8 +260,9 @@ def draw_grid(grid: Grid, label: str, *, pixels: int = 12) -> str:
     )
 
 
-def task_html(task: ShownTask) -> str:
-    """One task: demonstrations, then for each test pair query, before, both attempts and target, with verdicts."""
+def task_html(task: ShownTask, split: str) -> str:
+    """One task of a split: demonstrations, then for each test pair query, before, both attempts and target, with
+    verdicts."""
     grids = [grid for pair in task.demonstrations for grid in pair] + [pair.query for pair in task.pairs]
     grids += [grid for pair in task.pairs for grid in (pair.before, *pair.attempts)]
     pixels = max(4, min(18, 130 // max(max(grid.shape) for grid in grids)))
@@ -275,7 +276,8 @@ def task_html(task: ShownTask) -> str:
     verdicts = "".join(_verdict(pair, f"test {pair.index + 1}: " if len(task.pairs) > 1 else "") for pair in task.pairs)
     tests = "".join(f'<div class="arc-row">{_pair_html(pair, pixels)}</div>' for pair in task.pairs)
     return (
-        f'<article class="arc-task {kinds}"><header><b>{escape(task.id)}</b>{verdicts}</header>'
+        f'<article class="arc-task {kinds}">'
+        f"<header><b>{escape(task.id)}</b><small>{escape(split)}</small>{verdicts}</header>"
         f'<div class="arc-row">{demonstrations}</div>{tests}</article>'
     )
 

@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 from arc import charts
 from arc.charts import Series, line_chart
 from arc.gallery import CSS as GALLERY_CSS
-from arc.gallery import FILTERS, MAX_TASKS, Gallery, make_gallery, read_gallery, task_html, write_gallery
+from arc.gallery import (
+    FILTERS,
+    MAX_TASKS,
+    Gallery,
+    ShownTask,
+    choose_tasks,
+    make_gallery,
+    read_gallery,
+    task_html,
+    write_gallery,
+)
 from arc.runlog import replace_file
 from arc.tasks import read_json
 
@@ -50,6 +60,7 @@ p { margin: .4rem 0; } .muted { color: var(--muted); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+.scroll th, .scroll td { white-space: nowrap; }
 td.value { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .85rem; }
 summary { cursor: pointer; font-weight: 600; }
 .filter { position: absolute; opacity: 0; }
@@ -270,7 +281,9 @@ def _curves_html(metrics: Metrics) -> str:
         shown = [("after", "pass1"), ("after, two attempts", "pass2")]
         shown += [("before", "before_pass1"), ("vote alone", "vote_pass1")]
         title = f"Accuracy per validation, {_split_name(prefix)}"
-        figures.append(line_chart(title, [Series(label, of_epochs(f"{prefix}.{key}")) for label, key in shown]))
+        figures.append(
+            line_chart(title, [Series(label, of_epochs(f"{prefix}.{key}")) for label, key in shown], zero=False)
+        )
     note = "Neighbouring batches are drawn as one: the line is their mean, the band reaches from least to greatest."
     many = metrics.batches > charts.MAX_POINTS
     return f'<div class="cards">{"".join(figures)}</div>' + (f'<p class="muted">{note}</p>' if many else "")
@@ -283,26 +296,34 @@ _FILTER_CSS = "".join(
 )
 
 
+def _tasks_of_page(gallery: Gallery, limit: int) -> list[ShownTask]:
+    """Where several splits share a page, each shows fewer tasks than it keeps."""
+    kept = {task.id: task for task in gallery.tasks}
+    chosen = choose_tasks(kept, {task.id for task in gallery.tasks if task.changed}, limit)
+    return [kept[task_id] for task_id in chosen]
+
+
 def _tasks_html(galleries: Sequence[Gallery]) -> str:
     """The gallery with its filters, which are radio buttons and style: the page needs no script."""
     if not galleries:
         return '<p class="muted">No task was predicted yet.</p>'
     drawn, counts = [], Counter[str]()
-    notes, room = [], GALLERY_BYTES
+    notes = []
     for gallery in galleries:
-        pictures = []
-        for task in gallery.tasks[: MAX_TASKS // len(galleries)]:
-            picture = task_html(task)
-            if len(picture) > room:
+        pictures, full, room = [], "", GALLERY_BYTES // len(galleries)
+        for task in _tasks_of_page(gallery, MAX_TASKS // len(galleries)):
+            picture = task_html(task, gallery.split)
+            if len(picture.encode()) > room:
+                full = " (more would make the page too large)"
                 break
-            room -= len(picture)
+            room -= len(picture.encode())
             pictures.append(picture)
             counts.update(name for name, (_, belongs) in FILTERS.items() if belongs(task))
         drawn += pictures
         notes.append(
             f"<p>{escape(gallery.split)} split after batch {gallery.step}: {len(pictures)} of {gallery.total} tasks "
-            f"are drawn. Refinement changed the views' answer for {gallery.changed_pairs} of all {gallery.pairs} test "
-            "pairs.</p>"
+            f"are drawn{full}. Refinement changed the views' answer for {gallery.changed_pairs} of all {gallery.pairs} "
+            "test pairs.</p>"
         )
     chips = "".join(
         f'<input class="filter" type="radio" name="show" id="show-{name}"{" checked" if name == "all" else ""}>'
@@ -353,7 +374,7 @@ def gallery_html(folder: Path, *, limit: int = 12, which: str = "all") -> str:
     found = [(gallery, task) for gallery in galleries for task in gallery.tasks if belongs(task)]
     kept = sum(len(gallery.tasks) for gallery in galleries)
     steps = ", ".join(f"{escape(gallery.split)} split after batch {gallery.step}" for gallery in galleries)
-    pictures = "".join(task_html(task) for _, task in found[:limit])
+    pictures = "".join(task_html(task, gallery.split) for gallery, task in found[:limit])
     head = f"<p>{steps}. {label}: {min(limit, len(found))} of {len(found)} (of {kept} tasks kept for display)</p>"
     return f'<style>{GALLERY_CSS}</style><div>{head}<div class="arc-tasks">{pictures}</div></div>'
 
