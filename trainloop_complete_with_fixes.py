@@ -61,6 +61,7 @@ from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
 from arc.predict import PairPrediction, SplitReport, TwoPasses, all_attempts, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen, quiet_downloads
+from arc.report import keep_predictions, try_report
 from arc.runlog import RunLog
 from arc.splits import LABELS, NEW, Split, adapted_tasks, input_digests, splits_by_content, training_fingerprint
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
@@ -94,7 +95,7 @@ ABLATION = {
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
     "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
-    "submission", "backup_dir", "backup_quota_gb", "no_tensorboard",
+    "submission", "report", "backup_dir", "backup_quota_gb", "no_tensorboard",
 }  # fmt: skip
 # What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
 HARMLESS = OF_THE_COMMAND | {"epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit"}
@@ -263,6 +264,7 @@ def build_parser() -> Arguments:
     g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
     g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
     g.add_argument("--log_every", type=number(int, 1), default=10, help="batches between log lines")
+    g.add_argument("--report", action="store_true", help="write report.html after --eval_only too, as training does")
     g.add_argument("--no_tensorboard", action="store_true", help="no event files, even if tensorboard is installed")
     g = parser.group("checkpoints")
     g.add_argument("--output_dir", default=None, help="the run's folder (default: runs/arc_complete_YYYYMMDD_HHMMSS)")
@@ -1042,6 +1044,7 @@ def predict_splits(run: Run, splits: Sequence[Split]) -> dict[str, list[PairPred
         for split in splits:
             pairs = predicted[split.name] = predict_split(run, split)
             write_submission(run.log.folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
+            keep_predictions(run.log.folder, split.name, pairs, step=run.state.step, log=run.log)
             if run.log.events is not None and split.name in run.args.val_splits:
                 run.log.events.pictures(split.name, run.state.step, pairs)
     for module in run.modules.values():
@@ -1613,10 +1616,13 @@ def run_main(argv: Sequence[str] | None) -> int:
     run.persistence = persistence
     try:
         with persistence, contextlib.closing(log):
-            return run_command(run, checkpoint)
+            code = run_command(run, checkpoint)
     except PersistenceError as problem:  # the last background write failed
         log(f"error: {problem}", error=True)
         return 1
+    if code in (0, 3) and (args.report or not args.eval_only):  # done or stopped by a red flag; not when interrupted
+        try_report(folder, log)
+    return code
 
 
 def print_config(args: argparse.Namespace, given: set[str]) -> int:

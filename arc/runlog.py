@@ -97,3 +97,16 @@ class RunLog:
             temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
         return kept
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`; a reader finds the old file or the whole new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

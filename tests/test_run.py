@@ -217,6 +217,7 @@ def test_nothing_unfinished_is_left(finished: Outcome) -> None:
     names = {re.sub(r"\d{9}", "N", path.name) for path in finished.folder.iterdir()}
     assert names == {
         *("LOCK", "train.log", "metrics.jsonl", "config.json", "predictions-seed.json", "predictions-unseen.json"),
+        *("gallery-seed.json", "gallery-unseen.json", "report.html"),
         *("step-N", "best-accuracy_delta", "best-val_accuracy", "tensorboard"),
     }
 
@@ -331,7 +332,7 @@ def test_red_flag(small_run: SmallRun, tmp_path: Path) -> None:
 
     stopped = small_run(tmp_path / "stopped", *flags, "--strict")
     assert stopped.code == 3 and len(stopped.batches) == 1
-    *_, flag, last = stopped.stdout.splitlines()
+    *_, flag, last, _ = stopped.stdout.splitlines()
     assert flag.startswith("RED FLAG: ") and "FIX #1" in flag and last.startswith("Saved at epoch 0, batch 1;")
     assert load(stopped.folder).step == 1
 
