@@ -21,7 +21,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,9 @@ from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
 from arc.flags import Arguments, cannot_write, default_cache
+from arc.lora import Adapter, Base, problem_with_peft
 from arc.memory import MemoryBank
-from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
+from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
 from arc.predict import PairPrediction, SplitReport, TwoPasses, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen
 from arc.runlog import RunLog
@@ -148,12 +149,25 @@ def build_parser() -> Arguments:
     g.add_argument(
         "--qwen", default="auto", help="auto: Qwen/Qwen2.5-0.5B on cuda, else tiny; tiny; a hub name; a folder"
     )
-    g.add_argument("--qwen_tune", choices=("full", "frozen"), default="full", help="what of Qwen trains")
+    g.add_argument(
+        "--qwen_tune",
+        choices=("full", "lora", "frozen"),
+        default="full",
+        help="what of Qwen trains; lora: small matrices beside the frozen ones (pip install peft)",
+    )
+    g.add_argument("--lora_rank", type=number(int, 1, 1024), default=16, help="rank of those matrices")
     g.add_argument(
         "--qwen_lr",
         type=number(float, 0, above=True),
         default=None,
-        help="learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a pretrained one",
+        help="learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a pretrained one, 2e-4 for its lora",
+    )
+    g.add_argument(
+        "--optim_qwen",
+        "--optim",
+        choices=("adamw", "adamw8bit"),
+        default="adamw",
+        help="adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
     )
     g.add_argument("--gradient_checkpointing", action="store_true", help="less memory for Qwen, a third more time")
     g.add_argument("--max_context_tokens", type=number(int, 16), default=1536, help="Qwen reads whole pairs up to this")
@@ -270,7 +284,7 @@ def conflicts(args: argparse.Namespace) -> list[str]:
     if args.eval_only and not args.resume:
         problems.append("--eval_only needs --resume (latest, best or a checkpoint's path)")
     try:
-        resolve_device(args.device)
+        problems += missing_packages(args, resolve_device(args.device))
     except ValueError as error:
         problems.append(str(error))
     for flag in ("output_dir", "cache_dir", "backup_dir"):
@@ -278,6 +292,13 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         if folder is not None and (problem := cannot_write(Path(folder))):
             problems.append(f"--{flag}: {problem}")
     return problems
+
+
+def missing_packages(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """What the flags ask of packages that not everyone has, where it cannot be had; one line each."""
+    lora = problem_with_peft() if args.qwen_tune == "lora" and 1 not in args.ablate else None
+    eight_bit = problem_with_eight_bit(device) if args.optim_qwen == "adamw8bit" else None
+    return [problem for problem in (lora, eight_bit) if problem]
 
 
 # ====================================================================================================================
@@ -456,9 +477,9 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.precision.dtype or torch.bfloat16, enabled=on)
 
 
-def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
+def build_run(args: argparse.Namespace, log: RunLog, started: float, base: Base | None = None) -> Run:
     """Data, models, optimizer. ValueError with one line for what the user can mend; writes nothing into the run's
-    folder."""
+    folder. base: on resume, the weights that the checkpoint's adapter belongs to."""
     device = resolve_device(args.device)
     precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)
     if args.threads:
@@ -468,13 +489,17 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
         log(note)
     training, unseen = split_tasks(args, data, log)
     seed_everything(args.seed)
+    # What auto means, or the newest revision is, may have changed since the adapter's base was chosen.
+    spec, revision = (base.name, base.revision) if base and args.qwen in ("auto", base.name) else (args.qwen, "")
     qwen = build_qwen(
-        args.qwen,
+        spec,
         device_type=device.type,
         prompt_len=args.prompt_len,
         prompt_dim=args.prompt_dim,
         max_context_tokens=args.max_context_tokens,
         tune="frozen" if 1 in args.ablate else args.qwen_tune,
+        lora_rank=args.lora_rank,
+        revision=revision,
         gradient_checkpointing=args.gradient_checkpointing,
         cache_dir=Path(args.cache_dir),
         seed=args.seed,
@@ -485,7 +510,8 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
     if 1 in args.ablate:
         qwen.requires_grad_(False)
     if args.qwen_lr is None:
-        args.qwen_lr = 3e-4 if qwen.is_tiny else 2e-5
+        # An adapter takes about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
+        args.qwen_lr = 3e-4 if qwen.is_tiny else 2e-5 if qwen.adapter is None else 2e-4
     agent = GridAgent(
         NUM_TABLES,
         NUM_RULES,
@@ -502,9 +528,11 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
     rates = {"agent": args.agent_lr, "policy": args.policy_lr}
     if 1 not in args.ablate:  # FIX 1: Qwen is a group of its own
         groups["qwen"], rates["qwen"] = qwen, args.qwen_lr
-    optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon")
+    eight_bit = {"qwen"} if args.optim_qwen == "adamw8bit" else set()
+    optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon", eight_bit=eight_bit)
     assert all(map(optimizer.covers, (agent, qwen, policy, memory))), "a trainable parameter is in no group"
-    averaged = groups if qwen.is_tiny else {name: module for name, module in groups.items() if name != "qwen"}
+    small = qwen.is_tiny or qwen.adapter is not None
+    averaged = groups if small else {name: module for name, module in groups.items() if name != "qwen"}
     return Run(
         args=args,
         log=log,
@@ -613,17 +641,19 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
             "data": run.data.fingerprint,
             "rows": run.log.rows,
             "export": {"qwen": run.export_files},
+            "lora": {"qwen": run.qwen.adapter.recipe(run.qwen.base)} if run.qwen.adapter else {},
         },
     }
 
 
-def saved_parts(run: Run) -> dict[str, nn.Module]:
+def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
     """The modules by the name they have in a checkpoint. Qwen's backbone stands alone, so that `model_persistence.py
-    export` can write it in the form that AutoModel reads; where it does not train it is among `frozen_parts`."""
+    export` can write it in the form that AutoModel reads. Where it does not train it is among `frozen_parts`; with an
+    adapter only that is saved and the backbone is named (see arc/lora.py)."""
     head = nn.ParameterDict({"query": run.qwen.query})
-    parts = {"agent": run.agent, "policy": run.policy, "memory": run.memory}
+    parts: dict[str, nn.Module | Adapter] = {"agent": run.agent, "policy": run.policy, "memory": run.memory}
     parts |= {"qwen_query": head, "qwen_project": run.qwen.project}
-    return parts if backbone_is_frozen(run) else parts | {"qwen": run.qwen.backbone}
+    return parts if backbone_is_frozen(run) else parts | {"qwen": run.qwen.adapter or run.qwen.backbone}
 
 
 def frozen_parts(run: Run) -> dict[str, Tensor] | None:
@@ -656,6 +686,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     tree, extra = checkpoint.state, checkpoint.state["extra"]
     if extra["data"] != run.data.fingerprint:
         raise ValueError("--resume: the checkpoint was made with other data; give the same --data")
+    if (saved := saved_base(checkpoint)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
+        raise ValueError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():
         part.load_state_dict(tree["model"][name])
     if checkpoint.frozen:
@@ -669,7 +701,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     restore_rng(extra["rng"])
 
 
-def adopt_flags(args: argparse.Namespace, given: set[str], saved: Mapping[str, Any]) -> None:
+def saved_base(checkpoint: Checkpoint | None) -> Base | None:
+    """The weights that the checkpoint's adapter belongs to, if it has one."""
+    recipe = checkpoint.state["extra"].get("lora", {}).get("qwen") if checkpoint else None
+    return Base(**recipe["base"]) if recipe else None
+
+
+def adopt_flags(
+    args: argparse.Namespace, given: set[str], saved: Mapping[str, Any], harmless: Collection[str] = HARMLESS
+) -> None:
     """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name."""
     changed = []
     for name, value in saved.items():
@@ -678,7 +718,7 @@ def adopt_flags(args: argparse.Namespace, given: set[str], saved: Mapping[str, A
         value = tuple(value) if isinstance(value, list) else value
         if name not in given:
             setattr(args, name, value)
-        elif name not in HARMLESS and getattr(args, name) != value:
+        elif name not in harmless and getattr(args, name) != value:
             changed.append(f"--{name} {getattr(args, name)} (the checkpoint has {value})")
     if changed:
         raise ValueError(f"--resume: cannot change {', '.join(changed)}")
@@ -1407,9 +1447,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if which is not None:
             persistence = open_persistence(args, folder, log)
             checkpoint = persistence.load(which)
-            adopt_flags(args, given, checkpoint.state["extra"]["flags"])
+            # The base of an adapter is compared by content: its folder may have moved.
+            harmless = HARMLESS | {"qwen"} if saved_base(checkpoint) else HARMLESS
+            adopt_flags(args, given, checkpoint.state["extra"]["flags"], harmless)
+            if problems := missing_packages(args, resolve_device(args.device)):
+                raise ValueError("; ".join(problems))
         args.output_dir = str(folder)
-        run = build_run(args, log, started)
+        run = build_run(args, log, started, saved_base(checkpoint))
         if checkpoint is not None:
             restore(run, checkpoint)
         if persistence is None:
