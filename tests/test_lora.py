@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from arc.lora import Base
 from arc.optim import problem_with_eight_bit
+from benchmarks import memory
 from model_persistence import PersistenceError, export_best
 from model_persistence import main as persistence_main
 from trainloop_complete_with_fixes import GradientMonitor, Run, frozen_parts
@@ -345,3 +346,29 @@ def test_a_device_that_bitsandbytes_does_not_know() -> None:
     assert problem_with_eight_bit(torch.device("cpu")) is None
     problem = problem_with_eight_bit(torch.device("meta"))
     assert problem is not None and problem.startswith("--optim_qwen adamw8bit: bitsandbytes cannot compute on meta (")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what fits where
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_arithmetic_of_memory(small_build: SmallBuild) -> None:
+    tiny = small_build("--qwen_tune", "lora", "--lora_rank", str(memory.RANK)).qwen
+    assert tiny.adapter is not None and memory.RANK == 16
+    plain = small_build("--qwen_tune", "frozen").qwen.backbone
+    assert memory.Counts.of(plain).adapter == sum(p.numel() for p in tiny.adapter.parameters.values())
+
+    # The sizes that the models' own pages give, tied embeddings counted once.
+    counts = {name: memory.Counts.of(memory.make(shape, "meta")) for name, shape in memory.SHAPES.items()}
+    published = {
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen3-0.6B": 596_049_920,
+        "Qwen2.5-1.5B": 1_543_714_304,
+        "Qwen3-1.7B": 1_720_574_976,
+    }
+    assert {name: count.all for name, count in counts.items()} == published
+    small = counts["Qwen2.5-0.5B"]
+    assert small.linear == 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
+    assert sum(memory.static_bytes(small, "full").values()) == 16 * small.all + 2 * small.linear
+    assert sum(memory.static_bytes(small, "frozen").values()) == 4 * small.all + 2 * small.linear
