@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from arc.lora import Base
 from arc.optim import problem_with_eight_bit
+from arc.runlog import RunLog
 from benchmarks import memory
 from model_persistence import PersistenceError, export_best
 from model_persistence import main as persistence_main
-from trainloop_complete_with_fixes import GradientMonitor, Run, frozen_parts
+from trainloop_complete_with_fixes import GradientMonitor, Run, build_run, frozen_parts, parse_arguments
 
 # At rank 64 the matrices of the tiny Qwen are just large enough (4,096 values) for 8-bit moments.
 LORA = ("--qwen_tune", "lora", "--lora_rank", "64")
@@ -211,6 +214,17 @@ def test_another_base_is_refused_by_name_and_a_moved_one_is_not(
 
     rank = small_run(run, "--resume", "--lora_rank", "8")
     assert rank.code == 2 and "--lora_rank 8 (the checkpoint has 64)" in rank.stderr
+
+
+def test_auto_means_the_base_of_the_checkpoint(
+    trained: Outcome, base_folder: Path, small_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    base = Base(**load(trained.folder).state["extra"]["lora"]["qwen"]["base"])
+    elsewhere = dataclasses.replace(base, name=str(base_folder))  # as if auto had meant this where the run began
+    args, _ = parse_arguments([*small_flags, *LORA, "--qwen", "auto", "--output_dir", str(tmp_path)])
+    run = build_run(args, RunLog(quiet=True), time.monotonic(), elsewhere)
+    assert run.qwen.name == str(base_folder) and run.qwen.base is not None
+    assert run.qwen.base.differs_from(elsewhere) is None
 
 
 # --------------------------------------------------------------------------------------------------------------------
