@@ -1992,13 +1992,20 @@ def _on_colab() -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def export_best(run: str | os.PathLike[str], dest: str | os.PathLike[str], log: Callable[[str], None] = print) -> Path:
+def export_best(
+    run: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    log: Callable[[str], None] = print,
+    base: str | os.PathLike[str] | None = None,
+) -> Path:
     """Writes the weights of the best model (else the latest) of `run` for other programs into the new folder `dest`.
 
     Each entry of state["model"] becomes `dest/<entry>/model.safetensors`: its tensors, nested keys joined by ".", ties
     written out, and the frozen tensors named "<entry>/…" (an entry may be frozen altogether). Entries of
     state["extra"]["export"][<entry>] = {file name: text} are written next to it (config.json, tokenizer.json …), after
-    which `AutoModel.from_pretrained(dest/<entry>)` reads a Hugging Face model.
+    which `AutoModel.from_pretrained(dest/<entry>)` reads a Hugging Face model. An entry with a recipe in
+    state["extra"]["lora"] is an adapter and is written merged (see `_merged`); its base is read from the folder that
+    the recipe names, or from `base`.
 
     Raises: PersistenceError if there is no valid checkpoint or it can't be exported, ValueError if `dest` is not new.
     """
@@ -2007,7 +2014,7 @@ def export_best(run: str | os.PathLike[str], dest: str | os.PathLike[str], log: 
         raise ValueError(f"{target} exists: give a new folder")
     with ModelPersistence(run, read_only=True, log=log) as persistence:
         checkpoint = persistence.load("best")
-    texts = _export_texts(checkpoint)
+    texts, recipes = _export_texts(checkpoint), _lora_recipes(checkpoint)
     tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
     try:
         with _removed_on_error(tmp):
@@ -2016,6 +2023,8 @@ def export_best(run: str | os.PathLike[str], dest: str | os.PathLike[str], log: 
                 folder = tmp / _safe_name(entry)
                 folder.mkdir(parents=True)
                 tensors = {**_frozen_of(entry, checkpoint), **dict(_flat_tensors(trained.get(entry), ""))}
+                if entry in recipes:
+                    tensors = _merged(tensors, recipes[entry], base)
                 _write_file(folder / "model.safetensors", _stream(_image(tensors, {"format": "pt"})))
                 for name, text in texts.get(entry, {}).items():
                     _write_file(folder / _safe_name(name), [memoryview(text.encode())])
@@ -2046,6 +2055,49 @@ def _flat_tensors(tree: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(tree, (dict, list, tuple)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _lora_recipes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    extra = checkpoint.state.get("extra")
+    recipes = extra.get("lora", {}) if isinstance(extra, dict) else {}
+    fields = {"name", "revision", "folder", "files", "prefix", "tensors"}
+    for entry, recipe in recipes.items():
+        if recipe.keys() != {"base", "scale"} or recipe["base"].keys() != fields:
+            raise PersistenceError(f"extra/lora/{entry} is not a recipe of this version")
+    return recipes
+
+
+def _merged(
+    adapter: Mapping[str, torch.Tensor], recipe: Mapping[str, Any], folder: str | os.PathLike[str] | None
+) -> dict[str, torch.Tensor]:
+    """The weights of a base with a LoRA adapter added, in fp32: W + scale * B A for each layer that has
+    "<layer>.lora_A.weight" (rank, in) and "<layer>.lora_B.weight" (out, rank), the base's own for all others.
+
+    recipe: {"scale": float, "base": {"name", "revision", "folder", "files": {file: {"size", "sha256"}}, "prefix",
+    "tensors": [name]}}; tensor `name` is stored as prefix + name. Raises: PersistenceError unless `folder` (by default
+    the recipe's) holds exactly those files.
+    """
+    base = recipe["base"]
+    where = Path(folder if folder is not None else base["folder"])
+    wanted = {base["prefix"] + name: name for name in base["tensors"]}
+    merged: dict[str, torch.Tensor] = {}
+    for file, spec in base["files"].items():
+        try:
+            # Resolved: in the cache of the Hugging Face hub the files are symbolic links.
+            stored = _read_safetensors((where / _safe_name(file)).resolve(), _check_spec(spec))
+        except (_Corrupt, OSError) as error:
+            revision = f" (revision {base['revision']})" if base["revision"] else ""
+            raise PersistenceError(
+                f"the adapter's base {base['name']}{revision} is not in {where}: {error}; name its folder with --base"
+            ) from error
+        merged |= {wanted[name]: tensor.float() for name, tensor in stored.items() if name in wanted}
+    if missing := set(base["tensors"]) - merged.keys():
+        raise PersistenceError(f"the adapter's base {base['name']} has no tensor {min(missing)!r}")
+    for name, down in adapter.items():
+        layer, is_down, _ = name.partition(".lora_A.")
+        if is_down:
+            merged[f"{layer}.weight"] += (adapter[f"{layer}.lora_B.weight"] @ down) * recipe["scale"]
+    return merged
 
 
 def _safe_name(name: Any) -> str:
@@ -2096,13 +2148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("run", metavar="RUN", type=Path, help="run folder, of runs/ or of a backup")
         if name == "export":
             command.add_argument("dest", metavar="DEST", type=Path, help="folder to create")
+            command.add_argument("--base", metavar="DIR", type=Path, help="of a LoRA run: where its base model is now")
     args = parser.parse_args(argv)
     if not args.run.is_dir():
         print(f"{args.run} is not a folder", file=sys.stderr)
         return 2
     try:
         if args.command == "export":
-            export_best(args.run, args.dest)
+            export_best(args.run, args.dest, base=args.base)
             return 0
         infos = ModelPersistence(args.run, read_only=True).inspect()
         if args.command == "verify":

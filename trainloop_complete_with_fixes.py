@@ -57,8 +57,9 @@ from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
 from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache, in_ipython, own_arguments
+from arc.lora import Adapter, Base, problem_with_peft
 from arc.memory import MemoryBank
-from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
+from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
 from arc.predict import PairPrediction, SplitReport, TwoPasses, all_attempts, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen, quiet_downloads
 from arc.report import keep_predictions, try_report
@@ -191,12 +192,25 @@ def build_parser() -> Arguments:
     g.add_argument(
         "--qwen", default="auto", help="auto: Qwen/Qwen2.5-0.5B on cuda, else tiny; tiny; a hub name; a folder"
     )
-    g.add_argument("--qwen_tune", choices=("full", "frozen"), default="full", help="what of Qwen trains")
+    g.add_argument(
+        "--qwen_tune",
+        choices=("full", "lora", "frozen"),
+        default="full",
+        help="what of Qwen trains; lora: small matrices beside the frozen ones (pip install peft)",
+    )
+    g.add_argument("--lora_rank", type=number(int, 1, 1024), default=16, help="rank of those matrices")
     g.add_argument(
         "--qwen_lr",
         type=number(float, 0, above=True),
         default=None,
-        help="learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a pretrained one",
+        help="learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a pretrained one, 2e-4 for its lora",
+    )
+    g.add_argument(
+        "--optim_qwen",
+        "--optim",
+        choices=("adamw", "adamw8bit"),
+        default="adamw",
+        help="adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
     )
     g.add_argument("--gradient_checkpointing", action="store_true", help="less memory for Qwen, a third more time")
     g.add_argument("--max_context_tokens", type=number(int, 16), default=1536, help="Qwen reads whole pairs up to this")
@@ -332,7 +346,7 @@ def conflicts(args: argparse.Namespace) -> list[str]:
     if args.eval_only and not args.resume:
         problems.append("--eval_only needs --resume (latest, best or a checkpoint's path)")
     try:
-        resolve_device(args.device)
+        problems += missing_packages(args, resolve_device(args.device))
     except ValueError as error:
         problems.append(str(error))
     for flag in ("output_dir", "cache_dir", "backup_dir"):
@@ -340,6 +354,13 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         if folder is not None and (problem := cannot_write(Path(folder))):
             problems.append(f"--{flag}: {problem}")
     return problems
+
+
+def missing_packages(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """What the flags ask of packages that not everyone has, where it cannot be had; one line each."""
+    lora = problem_with_peft() if args.qwen_tune == "lora" and 1 not in args.ablate else None
+    eight_bit = problem_with_eight_bit(device) if args.optim_qwen == "adamw8bit" else None
+    return [problem for problem in (lora, eight_bit) if problem]
 
 
 # ====================================================================================================================
@@ -521,11 +542,10 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.precision.dtype or torch.bfloat16, enabled=on)
 
 
-def build_run(
-    args: argparse.Namespace, log: RunLog, started: float, trained_on: Mapping[str, Any] | None = None
-) -> Run:
+def build_run(args: argparse.Namespace, log: RunLog, started: float, checkpoint: Checkpoint | None = None) -> Run:
     """Data, models, optimizer. ValueError with one line for what the user can mend; writes nothing into the run's
-    folder. trained_on: what the checkpoint to be restored records of its data."""
+    folder. checkpoint: what will be restored; it says which data it was trained on, and which weights its adapter
+    belongs to."""
     device = resolve_device(args.device)
     precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)
     if args.threads:
@@ -533,19 +553,25 @@ def build_run(
     data = load_dataset(args.data)
     for note in data.notes:
         log(note)
+    trained_on = checkpoint.state["extra"]["data"] if checkpoint else None
     if args.eval_only and trained_on and (args.submission or trained_on["data"] != data.fingerprint):
         training: tuple[Task, ...] = ()
         splits = splits_by_content(all_tasks(data), trained_on["inputs"])
     else:
         training, splits = split_tasks(args, data, log)
     seed_everything(args.seed)
+    base = saved_base(checkpoint)
+    # What auto means, or the newest revision is, may have changed since the adapter's base was chosen.
+    spec, revision = (base.name, base.revision) if base and args.qwen in ("auto", base.name) else (args.qwen, "")
     qwen = build_qwen(
-        args.qwen,
+        spec,
         device_type=device.type,
         prompt_len=args.prompt_len,
         prompt_dim=args.prompt_dim,
         max_context_tokens=args.max_context_tokens,
         tune="frozen" if 1 in args.ablate else args.qwen_tune,
+        lora_rank=args.lora_rank,
+        revision=revision,
         gradient_checkpointing=args.gradient_checkpointing,
         cache_dir=Path(args.cache_dir),
         seed=args.seed,
@@ -558,7 +584,8 @@ def build_run(
     if 1 in args.ablate:
         qwen.requires_grad_(False)
     if args.qwen_lr is None:
-        args.qwen_lr = 3e-4 if qwen.is_tiny else 2e-5
+        # An adapter takes about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
+        args.qwen_lr = 3e-4 if qwen.is_tiny else 2e-5 if qwen.adapter is None else 2e-4
     agent = GridAgent(
         NUM_TABLES,
         NUM_RULES,
@@ -575,9 +602,11 @@ def build_run(
     rates = {"agent": args.agent_lr, "policy": args.policy_lr}
     if 1 not in args.ablate:  # FIX 1: Qwen is a group of its own
         groups["qwen"], rates["qwen"] = qwen, args.qwen_lr
-    optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon")
+    eight_bit = {"qwen"} if args.optim_qwen == "adamw8bit" else set()
+    optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon", eight_bit=eight_bit)
     assert all(map(optimizer.covers, (agent, qwen, policy, memory))), "a trainable parameter is in no group"
-    averaged = groups if qwen.is_tiny else {name: module for name, module in groups.items() if name != "qwen"}
+    small = qwen.is_tiny or qwen.adapter is not None
+    averaged = groups if small else {name: module for name, module in groups.items() if name != "qwen"}
     return Run(
         args=args,
         log=log,
@@ -712,17 +741,19 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
             "data": run.trained_on,
             "rows": run.log.rows,
             "export": {"qwen": run.export_files},
+            "lora": {"qwen": run.qwen.adapter.recipe(run.qwen.base)} if run.qwen.adapter else {},
         },
     }
 
 
-def saved_parts(run: Run) -> dict[str, nn.Module]:
+def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
     """The modules by the name they have in a checkpoint. Qwen's backbone stands alone, so that `model_persistence.py
-    export` can write it in the form that AutoModel reads; where it does not train it is among `frozen_parts`."""
+    export` can write it in the form that AutoModel reads. Where it does not train it is among `frozen_parts`; with an
+    adapter only that is saved and the backbone is named (see arc/lora.py)."""
     head = nn.ParameterDict({"query": run.qwen.query})
-    parts = {"agent": run.agent, "policy": run.policy, "memory": run.memory}
+    parts: dict[str, nn.Module | Adapter] = {"agent": run.agent, "policy": run.policy, "memory": run.memory}
     parts |= {"qwen_query": head, "qwen_project": run.qwen.project}
-    return parts if backbone_is_frozen(run) else parts | {"qwen": run.qwen.backbone}
+    return parts if backbone_is_frozen(run) else parts | {"qwen": run.qwen.adapter or run.qwen.backbone}
 
 
 def frozen_parts(run: Run) -> dict[str, Tensor] | None:
@@ -757,6 +788,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     same = all(extra["data"][key] == run.trained_on[key] for key in ("data", "training"))
     if not same and run.training:  # with nothing to train, the checkpoint's model may predict anything
         raise ValueError("--resume: the checkpoint was made with other data; give the same --data")
+    if (saved := saved_base(checkpoint)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
+        raise ValueError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():
         part.load_state_dict(tree["model"][name])
     if checkpoint.frozen:
@@ -771,12 +804,20 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     restore_rng(extra["rng"])
 
 
-def adopt_flags(args: argparse.Namespace, given: set[str], saved: Mapping[str, Any]) -> None:
+def saved_base(checkpoint: Checkpoint | None) -> Base | None:
+    """The weights that the checkpoint's adapter belongs to, if it has one."""
+    recipe = checkpoint.state["extra"].get("lora", {}).get("qwen") if checkpoint else None
+    return Base(**recipe["base"]) if recipe else None
+
+
+def adopt_flags(args: argparse.Namespace, given: set[str], checkpoint: Checkpoint) -> None:
     """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name."""
     changed = []
     own = OF_THE_COMMAND | {"val_limit"} if args.eval_only else OF_THE_COMMAND
     harmless = HARMLESS_TO_EVALUATE if args.eval_only else HARMLESS
-    for name, value in saved.items():
+    if saved_base(checkpoint):  # the base of an adapter is compared by content: its folder may have moved
+        harmless = harmless | {"qwen"}
+    for name, value in checkpoint.state["extra"]["flags"].items():
         if name not in vars(args) or name in own:
             continue
         value = tuple(value) if isinstance(value, list) else value
@@ -1594,11 +1635,12 @@ def run_main(argv: Sequence[str] | None) -> int:
         if which is not None:
             persistence = open_persistence(args, folder, log)
             checkpoint = persistence.load(which)
-            adopt_flags(args, given, checkpoint.state["extra"]["flags"])
+            adopt_flags(args, given, checkpoint)
+            if problems := missing_packages(args, resolve_device(args.device)):
+                raise ValueError("; ".join(problems))
         args.output_dir = str(folder)
-        data = None if checkpoint is None else checkpoint.state["extra"]["data"]
         with quiet_downloads() if args.quiet else contextlib.nullcontext():
-            run = build_run(args, log, started, data)
+            run = build_run(args, log, started, checkpoint)
         if checkpoint is not None:
             restore(run, checkpoint)
         if persistence is None:
@@ -1631,7 +1673,7 @@ def print_config(args: argparse.Namespace, given: set[str]) -> int:
     folder, which = open_run_folder(args)
     if which is not None:
         with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
-            adopt_flags(args, given, persistence.load(which).state["extra"]["flags"])
+            adopt_flags(args, given, persistence.load(which))
         args.output_dir = str(folder)
     print(json.dumps(saved_flags(args), indent=2, allow_nan=False))
     return 0

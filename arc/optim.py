@@ -4,8 +4,9 @@ weights."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ def learning_rate_factor(step: int, progress: float, *, warmup_steps: int = 50, 
 
 
 class JointOptimizer:
-    """Named parameter groups under two library optimizers that step, or skip, together.
+    """Named parameter groups under library optimizers that step, or skip, together.
 
     AdamW takes every parameter; with `muon`, the weight matrices inside the agent's blocks go to `torch.optim.Muon`
-    (Jordan et al. 2024) instead, its rate matched to AdamW's by root mean square. Each named module (agent, qwen,
-    policy, ...) keeps its own learning rate and its own clipping. A parameter in two groups, or a group without any, is
-    a ValueError at build time; `covers` tells whether a module's parameters are all in some group.
+    (Jordan et al. 2024) instead, its rate matched to AdamW's by root mean square. The groups named in `eight_bit` keep
+    their moments in 8 bits, block by block (bitsandbytes; Dettmers et al. 2022), all but the embeddings, which need 32
+    bits there too: rows are seen too unevenly to share a scale. Each named module (agent, qwen, policy, ...) keeps its
+    own learning rate and its own clipping. A parameter in two groups, or a group without any, is a ValueError at build
+    time; `covers` tells whether a module's parameters are all in some group.
     """
 
     def __init__(
@@ -35,14 +38,14 @@ class JointOptimizer:
         rates: Mapping[str, float],
         *,
         muon: bool = True,
+        eight_bit: Collection[str] = (),
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
     ) -> None:
         if set(modules) != set(rates):
             raise ValueError(f"groups {sorted(modules)} need a learning rate each, got {sorted(rates)}")
         self.groups: dict[str, list[nn.Parameter]] = {}
-        adam_groups: list[dict[str, Any]] = []
-        muon_groups: list[dict[str, Any]] = []
+        parts: dict[str, list[dict[str, Any]]] = {"adamw": [], "muon": [], "adamw8bit": []}  # groups by optimizer
         owner: dict[int, str] = {}
         for name, module in modules.items():
             trainable = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
@@ -54,23 +57,26 @@ class JointOptimizer:
                 owner[id(parameter)] = name
             self.groups[name] = [p for _, p in trainable]
             matrices = [p for key, p in trainable if muon and is_block_matrix(name, key, p)]
-            chosen = {id(p) for p in matrices}
+            embeddings = [m.weight for m in module.modules() if name in eight_bit and isinstance(m, nn.Embedding)]
+            taken = {id(p) for p in (*matrices, *embeddings)}
+            rest = [p for _, p in trainable if id(p) not in taken]
             # Decay only what is a matrix: gains, biases and embeddings of positions have no reason to shrink.
-            plain = [p for _, p in trainable if id(p) not in chosen and p.ndim >= 2]
-            vectors = [p for _, p in trainable if id(p) not in chosen and p.ndim < 2]
-            rate = rates[name]
-            if matrices:
-                muon_groups.append({"params": matrices, "lr": rate, "base_lr": rate, "name": name})
-            for params, decay in ((plain, weight_decay), (vectors, 0.0)):
+            for optimizer, params, decay in (
+                ("muon", matrices, weight_decay),
+                ("adamw", [p for p in embeddings if p.requires_grad], weight_decay),
+                ("adamw8bit" if name in eight_bit else "adamw", [p for p in rest if p.ndim >= 2], weight_decay),
+                ("adamw8bit" if name in eight_bit else "adamw", [p for p in rest if p.ndim < 2], 0.0),
+            ):
                 if params:
-                    adam_groups.append(
-                        {"params": params, "lr": rate, "base_lr": rate, "name": name, "weight_decay": decay}
-                    )
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(adam_groups, betas=betas)}
-        if muon_groups:
-            self.optimizers["muon"] = torch.optim.Muon(
-                muon_groups, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+                    group = {"params": params, "lr": rates[name], "base_lr": rates[name], "name": name}
+                    parts[optimizer].append({**group, "weight_decay": decay})
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if parts["adamw"]:
+            self.optimizers["adamw"] = torch.optim.AdamW(parts["adamw"], betas=betas)
+        if parts["muon"]:
+            self.optimizers["muon"] = torch.optim.Muon(parts["muon"], adjust_lr_fn="match_rms_adamw")
+        if parts["adamw8bit"]:
+            self.optimizers["adamw8bit"] = load_bitsandbytes().optim.AdamW8bit(parts["adamw8bit"], betas=betas)
 
     def set_rates(self, factor: float) -> dict[str, float]:
         """Multiply every group's base rate by `factor`; returns the rate of each named group."""
@@ -126,6 +132,48 @@ class JointOptimizer:
             raise ValueError(f"checkpoint has optimizers {sorted(state)}, this run has {sorted(self.optimizers)}")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(dict(state[name]))
+
+
+@contextlib.contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Inside, the import of bitsandbytes (peft does that too) does not warn of kernels for 4-bit models, which nothing
+    here uses."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_bitsandbytes() -> Any:
+    """The package bitsandbytes; ValueError, one line, if it is not there."""
+    try:
+        with quiet_bitsandbytes():
+            import bitsandbytes
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--optim_qwen adamw8bit needs the package bitsandbytes ({reason}): pip install -U bitsandbytes"
+        ) from error
+    return bitsandbytes
+
+
+def problem_with_eight_bit(device: torch.device) -> str | None:
+    """One line that says why 8-bit moments cannot be had on `device`, or None: one small step is tried out."""
+    try:
+        package = load_bitsandbytes()
+    except ValueError as problem:
+        return str(problem)
+    try:
+        weight = nn.Parameter(torch.zeros(64, 64, device=device))  # 4,096 values: below that it keeps 32 bits
+        weight.grad = torch.ones_like(weight)
+        package.optim.AdamW8bit([weight], lr=1.0, weight_decay=0.0).step()
+        moved = bool((weight.detach() < -0.5).all())
+    except Exception as error:  # a library that lacks the device's kernels says so in many ways
+        return f"--optim_qwen adamw8bit: bitsandbytes cannot compute on {device.type} ({' '.join(str(error).split())})"
+    return None if moved else f"--optim_qwen adamw8bit: bitsandbytes computes wrongly on {device.type}; use adamw"
 
 
 def is_block_matrix(group: str, key: str, parameter: Tensor) -> bool:

@@ -33,18 +33,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arc.lora import Adapter, Base
 from arc.tasks import Grid
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+Tune = Literal["full", "lora", "frozen"]  # what of Qwen trains; the queries and the projection do in any case
 AUTO_ON_CUDA = "Qwen/Qwen2.5-0.5B"
 TEXT_TYPES = ("qwen2", "qwen3", "qwen3_5_text")
 VISION_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")  # of these the language model is taken
@@ -135,18 +137,19 @@ class QwenPrompt(nn.Module):
     """A Qwen text model with K learned queries after the context and a projection of what they read.
 
     Public attributes: `backbone` (fp32 weights), `tokenizer`, `encoder` (a `ContextEncoder`), `query` (K, hidden),
-    `project` (hidden -> prompt width), `name`, `is_tiny`, `tune`, `embedding_dim` (hidden), `description`.
+    `project` (hidden -> prompt width), `name`, `is_tiny`, `tune`, `embedding_dim` (hidden), `description`, and with
+    tune "lora" `adapter` and the `base` it belongs to, else None.
     """
 
     def __init__(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, name: str, origin: str, is_tiny: bool,
-        prompt_len: int, prompt_dim: int, max_context_tokens: int, tune: Literal["full", "frozen"],
-        gradient_checkpointing: bool, log: Callable[[str], None],
+        prompt_len: int, prompt_dim: int, max_context_tokens: int, tune: Tune, gradient_checkpointing: bool,
+        log: Callable[[str], None], base: Base | None = None, lora_rank: int = 16,
     ) -> None:
         super().__init__()
         self.backbone, self.tokenizer, self.name, self.is_tiny, self.tune = backbone, tokenizer, name, is_tiny, tune
         self.encoder = ContextEncoder(tokenizer.backend_tokenizer, max_context_tokens, log)
-        self._origin = origin
+        self._origin, self.base = origin, base
         self.embedding_dim: int = backbone.config.hidden_size
         # Queries of the size of a token's embedding, outputs of unit size.
         scale = _embedding(backbone).weight.std().item()
@@ -158,6 +161,7 @@ class QwenPrompt(nn.Module):
         # Only plain attention can be read in two steps (see `_read_frozen`): a recurrent layer would run over padding.
         kinds = getattr(backbone.config, "layer_types", None) or []
         self._all_attention = all(kind == "full_attention" for kind in kinds)
+        self.adapter = Adapter(backbone, lora_rank) if tune == "lora" else None
         if tune == "frozen":
             backbone.requires_grad_(False)
         elif gradient_checkpointing:
@@ -171,10 +175,10 @@ class QwenPrompt(nn.Module):
         """One line for the start-up log: which model, where from, how much of it trains."""
         total = sum(p.numel() for p in self.parameters())
         trainable = sum(p.numel() for p in self.trainable_parameters().values())
-        kind = self.backbone.config.model_type
+        kind, tune = self.backbone.config.model_type, self.tune if self.adapter is None else self.adapter.description
         return (
             f"Qwen: {self.name} ({kind}, {self._origin}), {total / 1e6:.2f} M parameters, "
-            f"{trainable / 1e6:.2f} M of them train ({self.tune})"
+            f"{trainable / 1e6:.2f} M of them train ({tune})"
         )
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -234,8 +238,8 @@ class QwenPrompt(nn.Module):
     def export_files(self) -> dict[str, str]:
         """Texts of config.json, tokenizer.json and tokenizer_config.json (and what else the tokenizer needs), by name.
 
-        Beside a safetensors file of `self.backbone.state_dict()` they make a folder that AutoModel and AutoTokenizer
-        read.
+        Beside a safetensors file of `self.backbone.state_dict()` (with an adapter: of the merged weights) they make a
+        folder that AutoModel and AutoTokenizer read.
         """
         with _quiet(), tempfile.TemporaryDirectory() as folder:
             self.backbone.config.save_pretrained(folder)
@@ -245,20 +249,22 @@ class QwenPrompt(nn.Module):
 
 def build_qwen(
     spec: str, *, device_type: str, prompt_len: int, prompt_dim: int, max_context_tokens: int,
-    tune: Literal["full", "frozen"] = "full", gradient_checkpointing: bool = False, cache_dir: Path, seed: int,
-    log: Callable[[str], None] = print,
+    tune: Tune = "full", lora_rank: int = 16, gradient_checkpointing: bool = False, cache_dir: Path, seed: int,
+    log: Callable[[str], None] = print, revision: str = "",
 ) -> QwenPrompt:
     """Find, load and wrap the model that --qwen names; on the CPU, in train mode. torch's random state is left alone.
 
     spec: "auto" (AUTO_ON_CUDA if device_type is "cuda", else "tiny"), "tiny", a folder, or a hub name OWNER/NAME.
     cache_dir: where the tiny model is kept (hub models stay in the Hugging Face cache).  log: told once if pairs do not
-    fit. Raises ValueError, one line, for anything that cannot be found or is not a usable Qwen, within about five
-    seconds if the hub does not answer.
+    fit.  revision: the commit of a hub model; "": the newest, or the one that is in the cache. Raises ValueError, one
+    line, for anything that cannot be found or is not a usable Qwen, within about five seconds if the hub does not
+    answer.
     """
-    if tune not in ("full", "frozen"):
-        raise ValueError(f"--qwen_tune {tune}: full or frozen")
-    source = _locate(spec, device_type, Path(cache_dir), seed)
+    if tune not in get_args(Tune):
+        raise ValueError(f"--qwen_tune {tune}: none of {', '.join(get_args(Tune))}")
+    source = _locate(spec, device_type, Path(cache_dir), seed, revision)
     backbone = _load_backbone(source)
+    base = _base_of(source, backbone) if tune == "lora" else None
     tokenizer = _load_tokenizer(source, _embedding(backbone).num_embeddings)
     positions = backbone.config.max_position_embeddings
     if max_context_tokens + prompt_len > positions:
@@ -270,8 +276,14 @@ def build_qwen(
         return QwenPrompt(
             backbone, tokenizer, name=source.name, origin=source.origin, is_tiny=source.is_tiny, prompt_len=prompt_len,
             prompt_dim=prompt_dim, max_context_tokens=max_context_tokens, tune=tune,
-            gradient_checkpointing=gradient_checkpointing, log=log,
+            gradient_checkpointing=gradient_checkpointing, log=log, base=base, lora_rank=lora_rank,
         )
+
+
+def _base_of(source: _Source, backbone: PreTrainedModel) -> Base:
+    whole = ["model.safetensors"]  # where a folder holds both forms, transformers reads this one
+    shards = whole if (source.folder / whole[0]).is_file() else _shards(source.folder)
+    return Base.of(source.folder, shards, backbone.state_dict(), name=source.name, revision=source.revision)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,15 +292,17 @@ def build_qwen(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model is read from: its name as the user knows it, the folder, and where that came from, in words."""
+    """Where a model is read from: its name as the user knows it, the folder, where that came from, in words, and the
+    hub's commit."""
 
     name: str
     folder: Path
     origin: str
     is_tiny: bool = False
+    revision: str = ""
 
 
-def _locate(spec: str, device_type: str, cache_dir: Path, seed: int) -> _Source:
+def _locate(spec: str, device_type: str, cache_dir: Path, seed: int, revision: str = "") -> _Source:
     """The folder that `spec` means (see `build_qwen`)."""
     if spec == "auto":
         spec = AUTO_ON_CUDA if device_type == "cuda" else "tiny"
@@ -301,13 +315,14 @@ def _locate(spec: str, device_type: str, cache_dir: Path, seed: int) -> _Source:
     if os.path.exists(path):
         raise ValueError(f"--qwen {spec}: is a file; name the folder that holds config.json and model.safetensors")
     if _HUB_NAME.fullmatch(spec):
-        return _Source(spec, _hub_folder(spec), "Hugging Face hub")
+        folder = _hub_folder(spec, revision or None)
+        return _Source(spec, folder, "Hugging Face hub", revision=folder.name)  # a snapshot's folder is its commit
     if spec.startswith((".", "~")) or "/" in spec or os.sep in spec:
         raise ValueError(f"--qwen {spec}: no such folder")
     raise ValueError(f"--qwen {spec!r}: neither auto, tiny, a folder here nor a hub name (OWNER/NAME); {WAYS_OUT}")
 
 
-def _hub_folder(name: str) -> Path:
+def _hub_folder(name: str, revision: str | None = None) -> Path:
     """The local snapshot of hub model `name`: the cached one if it is complete, else downloaded.
 
     A cached model is taken as it is, without asking for news, so that runs repeat. The hub is asked once, briefly,
@@ -316,14 +331,15 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with contextlib.suppress(OSError, ValueError):
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        cached = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True)
+        folder = Path(cached)
         tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
         if tokenizer and (folder / "config.json").is_file() and not _missing_weights(folder):
             return folder
-    if problem := _ask_hub(name):
+    if problem := _ask_hub(name, revision or "main"):
         raise ValueError(f"--qwen {name}: no such folder, not in the Hugging Face cache, and {problem}; {WAYS_OUT}")
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # network, disk, permissions: dozens of types from three libraries
         raise ValueError(f"--qwen {name}: the download failed ({_one_line(error)}); {WAYS_OUT}") from error
 
@@ -343,7 +359,7 @@ def quiet_downloads() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _ask_hub(name: str) -> str | None:
+def _ask_hub(name: str, revision: str) -> str | None:
     """Why the hub cannot deliver `name`, as the end of a sentence; None if it can. Takes at most _HUB_SECONDS."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session
@@ -351,7 +367,7 @@ def _ask_hub(name: str) -> str | None:
     answers: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
 
     def ask() -> None:
-        url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+        url = f"{constants.ENDPOINT}/{name}/resolve/{revision}/config.json"
         try:
             answers.put(get_session().head(url, headers=build_hf_headers(), timeout=_HUB_SECONDS).status_code)
         except Exception as error:  # httpx, httpx2 or requests, by version
@@ -401,6 +417,11 @@ def _check_folder(source: _Source) -> None:
 
 def _missing_weights(folder: Path) -> list[str]:
     """Names of the safetensors files that the folder should hold and does not. ValueError if its index is damaged."""
+    return [shard for shard in _shards(folder) if not (folder / shard).is_file()]
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of the safetensors files that the folder should hold. ValueError if its index is damaged."""
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
@@ -408,7 +429,7 @@ def _missing_weights(folder: Path) -> list[str]:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(_one_line(error)) from error
-    return [shard for shard in shards if not (folder / shard).is_file()]
+    return shards
 
 
 def _load_backbone(source: _Source) -> PreTrainedModel:

@@ -534,6 +534,7 @@ class Hub(ThreadingHTTPServer):
     files: Path
     delay = 0.0
     requests = 0
+    last = ""
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -542,6 +543,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests += 1
+        self.server.last = self.path
         time.sleep(self.server.delay)
         path = self.path.split("?")[0]
         files = sorted(path.name for path in self.server.files.iterdir())
@@ -598,6 +600,22 @@ def test_a_hub_model_is_downloaded_once(hub: Hub, cache: Path, qwen2: Path) -> N
     asked = hub.requests
     assert torch.equal(build("Qwen/Small", cache)(*batch())[0], local(*batch())[0])
     assert hub.requests == asked  # from the cache, without a word to the hub
+
+
+def test_an_adapter_names_its_commit_and_gets_that_one_again(
+    hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    base = build("Qwen/Small", cache, tune="lora").base
+    assert base is not None and (base.name, base.revision) == ("Qwen/Small", HubHandler.commit)
+    assert base.prefix == "model."
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
+    hub.requests = 0
+    again = build("Qwen/Small", cache, tune="lora", revision=base.revision).base
+    assert hub.requests > 0 and f"/{base.revision}/" in hub.last and "/main" not in hub.last
+    assert again is not None and again.files == base.files and again.revision == base.revision
 
 
 def test_a_misspelt_hub_name(hub: Hub, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
