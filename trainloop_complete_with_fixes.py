@@ -52,6 +52,7 @@ from arc.batches import (
     prediction_order,
     unpad_grid,
 )
+from arc.controls import NoEvidence, carve
 from arc.device import Precision, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
@@ -89,6 +90,9 @@ ABLATION = {
     6: "consistency with the old sign",
     7: "no mixed precision, no loss scaling, no clipping",
 }
+DEV_SPLITS = ("dev_unseen", "dev_seen")
+# What --old stands for: every fix turned back, and the seed's learning rates.
+OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
     "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
@@ -199,17 +203,30 @@ def build_parser() -> Arguments:
         )
     g = parser.add_argument_group("memory (fix 5)")
     g.add_argument("--memory_size", type=number(int, 1), default=1024, help="entries of the memory bank")
+    g.add_argument("--no_memory", action="store_true", help="control: the bank is neither read nor written")
     g = parser.add_argument_group("optimization (fix 7) and ablation")
     g.add_argument(
         "--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm of each group; 0: none"
     )
     g.add_argument("--grad_accum", type=number(int, 1), default=1, help="batches for one optimizer step")
     g.add_argument("--ablate", type=ablation_list, default=(), help="fixes turned back to the old behaviour: 1,3,...")
+    g.add_argument(
+        "--old", action="store_true", help="the old settings: --ablate 1,2,3,4,5,6,7 --agent_lr 1e-5 --qwen_lr 5e-5"
+    )
+    g.add_argument(
+        "--no_evidence",
+        action="store_true",
+        help="control: no table, record or size rule; canvases of the input's size",
+    )
     g = parser.add_argument_group("validation and records")
     g.add_argument("--val_every", type=number(int, 0), default=1, help="epochs between validations; 0: only at the end")
     g.add_argument(
         "--val_splits", default="seed", help="comma-separated: seed (test pairs of the training tasks), unseen"
     )
+    g.add_argument(
+        "--dev", action="store_true", help="train and validate on held-out demonstrations; no test pair is touched"
+    )
+    g.add_argument("--dev_tasks", type=number(int, 1), default=100, help="tasks held out whole under --dev")
     g.add_argument("--unseen", default="arcagi1", help="set whose evaluation tasks are the unseen split (as --data)")
     g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
     g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
@@ -248,10 +265,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set
         for option in action.option_strings
         if any(word == option or word.startswith(option + "=") for word in argv)
     }
-    parser.problems += conflicts(args)
+    parser.problems += expand(args, given) + conflicts(args)
     if parser.problems:
         parser.report()
     return args, given
+
+
+def expand(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """Flags that stand for several: what is given explicitly wins, or is a problem where it cannot."""
+    if args.old:
+        vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in given})
+    if not args.dev:
+        return []
+    args.val_splits = ",".join(DEV_SPLITS)
+    return ["--dev validates on dev_unseen and dev_seen, not on --val_splits"] if "val_splits" in given else []
 
 
 def conflicts(args: argparse.Namespace) -> list[str]:
@@ -262,7 +289,8 @@ def conflicts(args: argparse.Namespace) -> list[str]:
             f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({4 * args.agent_heads})"
         )
     splits = [part.strip() for part in args.val_splits.split(",") if part.strip()]
-    if not splits or not set(splits) <= {"seed", "unseen"} or len(set(splits)) < len(splits):
+    known = set(DEV_SPLITS) if args.dev else {"seed", "unseen"}
+    if not splits or not set(splits) <= known or len(set(splits)) < len(splits):
         problems.append(f"--val_splits: {args.val_splits!r} is not a list of seed, unseen")
     args.val_splits = tuple(splits)
     if args.views > args.batch_size:
@@ -513,7 +541,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float) -> Run:
         data=data,
         training=training,
         unseen=unseen,
-        store=EvidenceStore(Path(args.cache_dir) / "evidence"),
+        store=NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence"),
         qwen=qwen,
         agent=agent,
         policy=policy,
@@ -535,6 +563,10 @@ def split_tasks(args: argparse.Namespace, data: DataSet, log: RunLog) -> tuple[t
     """Training tasks, and the unseen split's tasks if asked for; what is in both, by content, is not trained on."""
     if not data.training:
         raise ValueError(f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks")
+    if args.dev:
+        development = carve(data.training, whole=args.dev_tasks, seed=args.seed)
+        log(str(development))
+        return development.training, development.unseen
     if "unseen" not in args.val_splits:
         return data.training, ()
     unseen = load_dataset(args.unseen).evaluation
@@ -692,6 +724,8 @@ def adopt_flags(args: argparse.Namespace, given: set[str], saved: Mapping[str, A
 def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, Tensor]:
     """Qwen reads each context once: prompt (G, K, D) with what the memory adds, and the context's embedding (G, E)."""
     prompt, embedding = run.qwen(batch.context_ids, batch.context_lengths)
+    if run.args.no_memory:
+        return prompt.float(), embedding
     return prompt.float() + run.memory.read(embedding, batch.task), embedding
 
 
@@ -917,7 +951,7 @@ def validate(run: Run) -> dict[str, SplitReport]:
     with run.average.applied() if run.average else contextlib.nullcontext():
         for name in run.args.val_splits:
             tasks = split_of(run, name)
-            pairs = predict_split(run, name, tasks, trained_on=name == "seed")
+            pairs = predict_split(run, name, tasks, trained_on=name in ("seed", "dev_seen"))
             assert run.log.folder is not None
             submission: dict[str, list[Any]] = {}
             for pair in pairs:
@@ -950,6 +984,8 @@ def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> 
         label = {
             "seed": "seed split (test pairs of the training tasks)",
             "unseen": "unseen split (tasks never trained on)",
+            "dev_unseen": "dev_unseen split (demonstrations of tasks held out whole)",
+            "dev_seen": "dev_seen split (a held-out demonstration of each training task)",
         }
         run.log(
             f"[Epoch {epoch}] {label[name]}: pass@1 {answer.pass1_pairs / n:.4f} pass@2 {answer.pass2_pairs / n:.4f} "
@@ -1095,7 +1131,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
             run.scaler.scale(loss / args.grad_accum).backward()  # FIX 7
             solved = mean_per_owner(exact_match(pred_after.grid, query.target_grid), query.owner, len(batch.task))
-            stored = remember(run, batch, embedding, refined, solved)  # FIX 5
+            offers = 0 if args.no_memory else len(batch.task)
+            stored = remember(run, batch, embedding, refined, solved) if offers else 0  # FIX 5
             voted = exact_match(voted_grid(query), query.target_grid).float()
             wrong = 1 - cells_right(pred_after.grid, query.target_grid)
             done, accumulated = done + 1, accumulated + 1
@@ -1110,7 +1147,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 "solved": float(solved.mean()),
                 "vote_solved": float(mean_per_owner(voted, query.owner, len(batch.task)).mean()),
                 "stored": stored,
-                "offers": len(batch.task),
+                "offers": offers,
                 "queries": len(batch.query),
                 "prompt_spread": prompt_spread(prompt.detach()),
                 **padding(batch),
@@ -1211,7 +1248,9 @@ def validation_seconds(run: Run) -> float:
 
 def split_of(run: Run, name: str) -> Sequence[Task]:
     """The tasks that validation predicts for --val_splits `name`."""
-    return {"seed": run.training, "unseen": run.unseen}[name][: run.args.val_limit or None]
+    scored = [task for task in run.training if task.test]  # under --dev some are only trained on; they come last
+    tasks = {"seed": scored, "dev_seen": scored, "unseen": run.unseen, "dev_unseen": run.unseen}[name]
+    return tasks[: run.args.val_limit or None]
 
 
 def out_of_time(run: Run) -> bool:
@@ -1252,13 +1291,21 @@ def record_batch(run: Run, row: dict[str, Any], qwen_grad: float, norms: Mapping
         )
 
 
+def summary_title(args: argparse.Namespace) -> str:
+    """What the summary's headline calls the run: what of it is turned off, if anything."""
+    off = [f"fix {number}: {ABLATION[number]}" for number in args.ablate]
+    off += [f"the {part}" for part in ("policy", "memory", "evidence") if getattr(args, f"no_{part}")]
+    title = "without " + "; ".join(off) if off else "All 7 Problems Fixed"
+    return f"the old settings: {title}" if args.old else title
+
+
 def log_summary(run: Run) -> None:
     """The seed's block at the end of an epoch's training, then what else is worth knowing."""
-    state, off = run.state, run.args.ablate
+    state = run.state
     count = max(1.0, state.sums.get("batches", 0.0))
     mean = {key: value / count for key, value in state.sums.items()}
     real = state.sums.get("cells", 0.0) / max(1.0, state.sums.get("cells_processed", 1.0))
-    title = "All 7 Problems Fixed" if not off else "without " + "; ".join(f"fix {n}: {ABLATION[n]}" for n in off)
+    title = summary_title(run.args)
     rule = "=" * 70
     run.log(
         "\n".join(
@@ -1332,7 +1379,7 @@ def describe(run: Run) -> None:
     tree, frozen = checkpoint_tree(run), frozen_parts(run)
     size = ModelPersistence.estimate_bytes(tree) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
-    unseen = f" | unseen: {len(run.unseen)} tasks" if run.unseen else ""
+    unseen = f" | unseen: {len(run.unseen)} tasks" if "unseen" in args.val_splits else ""
     lines = [
         run.qwen.description,
         f"Device: {run.device} | AMP: {run.precision.name} ({run.precision.reason}), {torch.get_num_threads()} threads",
