@@ -138,7 +138,8 @@ def absolute_row(runs: Sequence[Result]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """The benchmark's own flags, and those for every run."""
     parser = arguments(__doc__ or "", work="runs/bench_fixes")
     parser.add_argument("--steps", type=int, default=150, help="batches of a run (150)")
     parser.add_argument("--epochs", type=int, default=3, help="in as many equal epochs (3)")
@@ -146,6 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, extra = parse(parser, argv)
     if args.epochs < 1 or args.steps < args.epochs or args.steps % args.epochs:
         parser.error(f"--steps {args.steps} is not a multiple of --epochs {args.epochs}")
+    return args, extra
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, extra = options(argv)
     command = " ".join(["python benchmarks/fixes.py", *(sys.argv[1:] if argv is None else argv)])
     return report(lambda results: make_text(results, args, command), make_jobs(args, extra), args)
 
