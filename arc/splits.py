@@ -22,6 +22,8 @@ LABELS = {
     "seed": "seed split (test pairs of the training tasks)",
     "unseen": "unseen split (tasks never trained on)",
     "adapted": "adapted split (evaluation tasks whose demonstration pairs were trained on)",
+    "dev_unseen": "dev_unseen split (demonstrations of tasks held out whole)",
+    "dev_seen": "dev_seen split (a held-out demonstration of each training task)",
     "new": "new tasks (none of them is among the tasks trained on)",
     "known": "known tasks (the same puzzle, told by its inputs, was trained on)",
 }

@@ -77,7 +77,8 @@ def test_every_demonstration_is_an_episode_once_an_epoch(small_build: SmallBuild
 
 
 def test_the_split_is_trained_on_scored_and_labelled(adapted: Outcome) -> None:
-    assert "8 training tasks, 32 episodes x 2 views | adapted: 2 tasks\n" in adapted.stdout
+    assert "8 training tasks, 32 episodes x 2 views\n" in adapted.stdout
+    assert " of 2 adapted tasks with " in adapted.stdout
     assert LABEL in adapted.stdout and "seed split (test pairs of the training tasks)" in adapted.stdout
     assert "unseen" not in adapted.stdout
     row = adapted.epochs[-1]
@@ -121,7 +122,7 @@ def test_evaluation_tasks_alone(small_run: SmallRun, data_dir: Path, tmp_path: P
     flags = ("--data", str(path), "--adapt", "--submission", str(submission))
     outcome = small_run(tmp_path / "run", *flags)
     assert outcome.code == 0, outcome.stderr
-    assert "2 training tasks, 8 episodes x 2 views | adapted: 2 tasks\n" in outcome.stdout
+    assert "2 training tasks, 8 episodes x 2 views\n" in outcome.stdout
     assert "adapted split (evaluation tasks whose demonstration pairs were trained on): no solutions" in outcome.stdout
     assert sorted(json.loads(submission.read_text())) == ["turn", "up"]
     assert not (outcome.folder / "predictions-seed.json").exists()
