@@ -216,11 +216,9 @@ class PromptPolicy(nn.Module):
         `log_prob` treats it as fixed, which is what a score function needs (a reparameterised sample's log-density has
         no gradient for mu).
         """
-        seen = (feedback.pairs > 0)[:, None, None]
         if self.training if observe is None else observe:
             self.observe(feedback)
-        gradient = feedback.gradient / (self.gradient_square.sqrt() + 1e-12)
-        gradient = torch.where(seen, gradient.clamp(-3, 3), torch.zeros_like(gradient))
+        gradient = self.normalised_gradient(feedback)
         state = torch.stack((feedback.loss, feedback.accuracy, feedback.exact, feedback.pairs.clamp(max=4) / 4), -1)
         features = torch.cat((F.rms_norm(prompt.float(), prompt.shape[-1:]).flatten(1), gradient.flatten(1), state), -1)
         mean = self.mean(self.trunk(features)).float()
@@ -230,6 +228,12 @@ class PromptPolicy(nn.Module):
         density = torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)
         delta = torch.einsum("ga,akd->gkd", code, self.directions) - self.log_step.exp() * gradient
         return Action(prompt + delta, code, density.log_prob(code.detach()).sum(-1))
+
+    def normalised_gradient(self, feedback: Feedback) -> Tensor:
+        """(G, K, D): the feedback's gradient divided by its running root mean square and clipped to +-3; zero for a
+        task without feedback."""
+        gradient = (feedback.gradient / (self.gradient_square.sqrt() + 1e-12)).clamp(-3, 3)
+        return torch.where((feedback.pairs > 0)[:, None, None], gradient, torch.zeros_like(gradient))
 
     @torch.no_grad()
     def observe(self, feedback: Feedback) -> None:
