@@ -48,7 +48,8 @@ def cross_fitted(prompt: Tensor, context: Context, folds: Folds, act: Act, judge
     total = torch.zeros(steps + 1, groups, device=prompt.device).index_add(1, folds.task, torch.stack(losses))
     held_out = total / count  # (S + 1, G), 0 / 0 = NaN for a task without a fold
     # A loss that is not finite is never the best one, and the unrefined prompt stands where none is finite.
-    best = torch.where(count > 0, held_out.nan_to_num(nan=torch.inf).argmin(0), 1)
+    finite = torch.where(held_out.isfinite(), held_out, torch.inf)
+    best = torch.where(count > 0, finite.argmin(0), 1)
     trail = [prompt]
     for _ in range(int(best.max())):
         trail.append(act(trail[-1], context))

@@ -39,7 +39,7 @@ from arc.refine import cross_fitted  # noqa: E402
 from arc.runlog import RunLog  # noqa: E402
 from arc.tasks import Task, evaluation_views  # noqa: E402
 from benchmarks.evidence import processor  # noqa: E402
-from model_persistence import ModelPersistence  # noqa: E402
+from model_persistence import ModelPersistence, PersistenceError  # noqa: E402
 from policy_refined import Feedback  # noqa: E402
 from trainloop_complete_with_fixes import (  # noqa: E402
     Run,
@@ -283,13 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=[""], help="only those with one of these in their name")
     parser.add_argument("--seed", type=int, default=0, help="of the random deltas")
     args, flags = parser.parse_known_args(argv)
-    run = open_run(args.run, args.checkpoint, flags)
-    if run.args.no_policy:
-        parser.error(f"--run: {args.run} was trained without a policy")
-    print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {run.precision.name}")
-    print(f"run of seed {run.args.seed}, {run.state.step} batches; random deltas of seed {args.seed}")
-    for split in args.splits:
-        report(run, split, args)
+    try:
+        run = open_run(args.run, args.checkpoint, flags)
+        if run.args.no_policy:
+            raise ValueError(f"--run: {args.run} was trained without a policy")
+        print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {run.precision.name}")
+        print(f"run of seed {run.args.seed}, {run.state.step} batches; random deltas of seed {args.seed}")
+        for split in args.splits:
+            report(run, split, args)
+    except (ValueError, PersistenceError) as problem:
+        parser.error(str(problem))
     return 0
 
 
