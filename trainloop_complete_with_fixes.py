@@ -63,6 +63,7 @@ from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
 from arc.predict import PairPrediction, SplitReport, TwoPasses, all_attempts, predict_tasks, score_predictions
 from arc.qwen import QwenPrompt, build_qwen, quiet_downloads
+from arc.refine import cross_fitted
 from arc.report import keep_predictions, try_report
 from arc.runlog import RunLog
 from arc.splits import LABELS, NEW, Split, adapted_tasks, input_digests, splits_by_content, training_fingerprint
@@ -103,7 +104,9 @@ OF_THE_COMMAND = {
     "submission", "report", "backup_dir", "backup_quota_gb", "no_tensorboard",
 }  # fmt: skip
 # What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
-HARMLESS = OF_THE_COMMAND | {"epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit"}
+HARMLESS = OF_THE_COMMAND | {
+    "epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit", "refine_steps",
+}  # fmt: skip
 # And under --eval_only, where nothing is trained: another machine, another copy of the same Qwen.
 HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
 
@@ -245,6 +248,12 @@ def build_parser() -> Arguments:
     g.add_argument("--policy_samples", type=number(int, 2, 64), default=4, help="actions an episode under rloo")
     g.add_argument("--no_policy", action="store_true", help="control: no refinement, the agent trained on one pass")
     g.add_argument("--refined_views", type=number(int, 1, 64), default=2, help="views answered after refinement too")
+    g.add_argument(
+        "--refine_steps",
+        type=number(int, 1, 100),
+        default=1,
+        help="of evaluation: 1: the policy's action; more: up to so many, as held-out demonstrations find best",
+    )
     g.add_argument("--feedback_pairs", type=number(int, 1, 2), default=2, help="context pairs that give feedback")
     for weight in dataclasses.fields(EfeWeights):
         g.add_argument(
@@ -373,6 +382,8 @@ def conflicts(args: argparse.Namespace) -> list[str]:
             problems.append("--submission needs every task; leave out --val_limit")
     if args.views > args.batch_size:
         problems.append(f"--views {args.views} do not fit in --batch_size {args.batch_size}")
+    if args.no_policy and args.refine_steps > 1:
+        problems.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
     if args.eval_only and not args.resume:
         problems.append("--eval_only needs --resume (latest, best or a checkpoint's path)")
     try:
@@ -895,11 +906,7 @@ def context_feedback(agent: GridAgent, context: Sequence[QueryBatch], prompt: Te
         with torch.enable_grad():
             leaf = prompt.detach().float().requires_grad_()
             output = agent(query, leaf)
-            wanted = query.target >= 0
-            cells = nn.functional.cross_entropy(
-                output.colour_logits[-1].transpose(1, 2), query.target.clamp(min=0), reduction="none"
-            )
-            losses = (cells * wanted).sum(1) / wanted.sum(1).clamp(min=1) / pairs[query.owner]
+            losses = pair_loss(output, query) / pairs[query.owner]
             gradient += torch.autograd.grad(losses.sum(), leaf)[0]
         with torch.no_grad():
             grid = output.predicted_grid(query)
@@ -907,6 +914,24 @@ def context_feedback(agent: GridAgent, context: Sequence[QueryBatch], prompt: Te
             accuracy.index_add_(0, query.owner, cell_accuracy(grid, query.target_grid) / pairs[query.owner])
             exact.index_add_(0, query.owner, exact_match(grid, query.target_grid) / pairs[query.owner])
     return Feedback(gradient, loss, accuracy, exact, pairs)
+
+
+def pair_loss(output: AgentOutput, query: QueryBatch) -> Tensor:
+    """(B,) mean cross-entropy of the target's cells, in nats."""
+    wanted = query.target >= 0
+    cells = nn.functional.cross_entropy(
+        output.colour_logits[-1].transpose(1, 2), query.target.clamp(min=0), reduction="none"
+    )
+    return (cells * wanted).sum(1) / wanted.sum(1).clamp(min=1)
+
+
+@torch.no_grad()
+def held_out_loss(agent: GridAgent, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
+    """(P,) `pair_loss` under prompt (P, K, D) of the demonstrations held out, one for each prompt."""
+    total = torch.zeros(len(prompt), device=prompt.device)
+    for query in pairs:
+        total.index_add_(0, query.owner, pair_loss(agent(query, prompt), query))
+    return total
 
 
 def reverse_queries(grids: Tensor, query: QueryBatch, rows: Tensor) -> QueryBatch:
@@ -1085,7 +1110,14 @@ def predict_split(run: Run, split: Split) -> list[PairPrediction]:
     """Predict every test pair of the split's tasks."""
     tasks, numbers = split.tasks, torch.tensor(split.numbers)
     views = evaluation_views(run.args.val_views)
-    data = PredictionData(tasks, run.store, run.qwen.encoder, views=views, feedback_pairs=run.args.feedback_pairs)
+    data = PredictionData(
+        tasks,
+        run.store,
+        run.qwen.encoder,
+        views=views,
+        feedback_pairs=run.args.feedback_pairs,
+        folds=run.args.refine_steps > 1,
+    )
     order = prediction_order(tasks, views=len(views), max_cells=4 * run.args.max_cells)
     loader = make_loader(run, data, order)
     bar = run.log.bar(loader, total=len(order), desc=f"predicting {split.name}", unit="batch")
@@ -1105,9 +1137,21 @@ def predict_batch(run: Run, numbers: Tensor, fetched: PredictionBatch) -> list[T
         if run.args.no_policy:
             outputs = [run.agent(query, prompt) for query in batch.query]
             return [(query, output, output) for query, output in zip(batch.query, outputs, strict=True)]
-        feedback = context_feedback(run.agent, batch.feedback, prompt)
-        refined = run.policy.refine_prompt(prompt, feedback).prompt
+        refined = refine_for_test(run, batch, prompt)
         return [(query, run.agent(query, prompt), run.agent(query, refined)) for query in batch.query]
+
+
+def refine_for_test(run: Run, batch: PredictionBatch, prompt: Tensor) -> Tensor:
+    """The policy's action taken once on prompt (G, K, D), or with --refine_steps as often as held-out demonstrations
+    find best, each time with feedback under the prompt that it starts from."""
+
+    def act(start: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
+        return run.policy.refine_prompt(start, context_feedback(run.agent, pairs, start)).prompt
+
+    if batch.folds is None:
+        return act(prompt, batch.feedback)
+    judge = functools.partial(held_out_loss, run.agent)
+    return cross_fitted(prompt, batch.feedback, batch.folds, act, judge, run.args.refine_steps).prompt
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
@@ -1423,6 +1467,8 @@ def progress(run: Run, batches_per_epoch: int) -> float:
     return share
 
 
+# Views that cost what a cross-fitted step does: up to four folds, each two pairs back and forth and one.
+STEP_VIEWS = 14
 EVIDENCE_SECONDS = 0.09  # to prepare one task on one core, measured on the machine that benchmarks/RESULTS.md names
 
 
@@ -1441,7 +1487,8 @@ def expected_validation(run: Run) -> float:
     step for each view, plus the preparation of evidence that is not there yet."""
     tasks = [task for split in run.splits for task in split.tasks]
     tasks += all_tasks(run.data) if run.args.submission else []
-    cells = sum(pair.input.size for task in tasks for pair in task.test) * run.args.val_views
+    views = run.args.val_views + (STEP_VIEWS * run.args.refine_steps if run.args.refine_steps > 1 else 0)
+    cells = sum(pair.input.size for task in tasks for pair in task.test) * views
     missing = sum(not run.store.is_prepared(task) for task in tasks) / max(1, worker_count(run))
     return 0.5 * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
 

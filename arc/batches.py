@@ -404,6 +404,18 @@ class EpisodeData(torch.utils.data.Dataset):
 
 
 @dataclass
+class Folds(TensorBundle):
+    """Demonstrations of G tasks taken in turn as if they were test pairs, P folds in all, at most MAX_FOLDS a task."""
+
+    task: Tensor  # (P,) int64: whose demonstration is held out, a position in the batch
+    learn: list[QueryBatch]  # pairs that give feedback; owner: the fold, whose output is in none of their evidence
+    judge: list[QueryBatch]  # the held-out demonstrations; owner: the fold
+
+
+MAX_FOLDS = 4  # more demonstrations than that are rare, and each costs as much again
+
+
+@dataclass
 class PredictionBatch(TensorBundle):
     """G tasks' test inputs under V views each, B queries in batches of similar size, and the demonstration pairs that
     give feedback."""
@@ -413,6 +425,7 @@ class PredictionBatch(TensorBundle):
     task: Tensor  # (G,) int64 position in the list of tasks that is being predicted
     query: list[QueryBatch]  # owner says which of the G tasks, `number` which of its test pairs
     feedback: list[QueryBatch]
+    folds: Folds | None  # to decide by how many refinement steps help, where that is asked for
 
 
 class PredictionData(torch.utils.data.Dataset):
@@ -426,9 +439,10 @@ class PredictionData(torch.utils.data.Dataset):
         *,
         views: Sequence[Augmentation],
         feedback_pairs: int,
+        folds: bool = False,
     ) -> None:
         self.tasks, self.store, self.encode = tasks, store, encode
-        self.views, self.feedback_pairs = views, feedback_pairs
+        self.views, self.feedback_pairs, self.folds = views, feedback_pairs, folds
 
     def __getitem__(self, positions: tuple[int, ...]) -> PredictionBatch:
         texts: list[Sequence[int]] = []
@@ -455,7 +469,27 @@ class PredictionData(torch.utils.data.Dataset):
             task=torch.tensor(positions),
             query=collate_in_buckets(queries),
             feedback=collate_in_buckets(feedback),
+            folds=self.folds_of(positions) if self.folds else None,
         )
+
+    def folds_of(self, positions: Sequence[int]) -> Folds:
+        """The tasks' demonstrations held out in turn: the situation of a training episode, feedback included."""
+        owners: list[int] = []
+        learn: list[Query] = []
+        judge: list[Query] = []
+        for owner, position in enumerate(positions):
+            task = self.tasks[position]
+            known, count = self.store.get(task), len(task.train)
+            for held_out in range(min(count, MAX_FOLDS) if count > 1 else 0):
+                fold, pair = len(owners), task.train[held_out]
+                owners.append(owner)
+                evidence = known.held_out(held_out)
+                judge.append(make_query(pair.input, pair.output, evidence, Augmentation.IDENTITY, fold))
+                for other in feedback_indices(count, held_out, self.feedback_pairs):
+                    pair, evidence = task.train[other], known.held_out(other, without=held_out)
+                    learn.append(make_query(pair.input, pair.output, evidence, Augmentation.IDENTITY, fold))
+        task_of_fold = torch.tensor(owners, dtype=torch.long)
+        return Folds(task=task_of_fold, learn=collate_in_buckets(learn), judge=collate_in_buckets(judge))
 
 
 def prediction_order(tasks: Sequence[Task], *, views: int, max_cells: int) -> list[tuple[int, ...]]:

@@ -127,8 +127,8 @@ def run(job: Job, work: Path, cache: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     cache = folder / "cache" if job.cold else cache
-    command = [sys.executable, str(SCRIPT), "--quiet", "--no_tensorboard", "--seed", str(job.seed), "--cache_dir", str(cache)]
-    command += ["--output_dir", str(folder), *job.flags]
+    command = [sys.executable, str(SCRIPT), "--quiet", "--no_tensorboard", "--seed", str(job.seed)]
+    command += ["--cache_dir", str(cache), "--output_dir", str(folder), *job.flags]
     before, started = evidence_files(cache), time.monotonic()
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:

@@ -196,10 +196,20 @@ def test_a_fresh_policy_steps_down_the_feedbacks_gradient() -> None:
 
 
 def test_outliers_of_the_gradient_are_clipped() -> None:
-    policy, prompt = make_policy(), torch.zeros(G, K, D)
-    policy.observe(make_feedback())
-    step = (policy.refine_prompt(prompt, make_feedback(scale=1e6), observe=False).prompt).abs()
-    assert torch.allclose(step, step[0, 0, 0].expand_as(step))  # all at the limit, however far beyond it they were
+    policy = PromptPolicy(4, 16)
+    gradient = torch.ones(1, 4, 16)
+    gradient[0, 1, 2] = -1e6
+    feedback = Feedback(gradient, torch.ones(1), torch.ones(1), torch.zeros(1), torch.ones(1))
+    assert float(policy.normalised_gradient(feedback)[0, 1, 2]) == -3  # 8 root mean squares of its 64 dimensions
+
+
+def test_tasks_step_alike_but_one_without_errors_stands_still() -> None:
+    """However different their gradients are; and far below the running scale there is nothing left to mend."""
+    policy, feedback = make_policy(), make_feedback()
+    policy.observe(feedback)
+    feedback.gradient *= torch.tensor([3.0, 1.0, 1e-4])[:, None, None]
+    sizes = policy.normalised_gradient(feedback).square().mean((1, 2)).sqrt().tolist()
+    assert 0.85 < sizes[1] < sizes[0] < 1 and sizes[2] < 2e-3
 
 
 def test_without_feedback_a_fresh_policy_changes_nothing() -> None:
