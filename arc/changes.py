@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from arc.drawing import DRAWINGS
 from arc.features import OUTSIDE, Objects, region_rim
 from arc.restore import MASKS, mirrored, repeated
 from arc.scene import Grid, Scene, Shape, Transform, crop, inside, merge_runs
@@ -484,6 +485,7 @@ def _changes() -> tuple[dict[str, Change], tuple[str, ...]]:
     for rank in (0, 1, -1):
         same_shape[f"keep_colour_{rank}"] = _keep_colour(rank)
         same_shape[f"drop_colour_{rank}"] = _drop_colour(rank)
+    same_shape |= DRAWINGS
     changes |= reshaping
     changes |= {name: Change(change, _keeps) for name, change in same_shape.items()}
     return changes, tuple(same_shape)

@@ -33,7 +33,7 @@ from arc.sizes import ALL_WEIGHT, FRACTION_WEIGHT, NUM_RULES, SIZE_RULES, Demo, 
 from arc.sources import NUM_SOURCES, SOURCES, Source, source_values
 from arc.tables import NUM_COLOUR_TABLES, NUM_PROGRAM_TABLES, NUM_SOURCE_TABLES, NUM_TABLES, TABLES, Table
 
-_REVISION = 1  # raise it when the meaning of a plane, anchor, source, rule or of the stored format changes
+_REVISION = 2  # raise it when the meaning of a plane, anchor, source, rule or of the stored format changes
 
 
 def _version() -> str:

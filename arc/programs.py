@@ -15,6 +15,7 @@ import numpy as np
 
 from arc.changes import CHANGES
 from arc.cuts import CUTS
+from arc.drawing import DRAWINGS
 from arc.scene import Grid, Scene, Shape
 
 MAX_LEFT_OUT = 3  # at most so many demonstrations are ever left out: a query, its feedback pair, the one being judged
@@ -98,6 +99,8 @@ class ProgramSearch:
             may = CHANGES[change].may if change else operator.eq
             possible = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
             for cut in sorted(possible, key=order.__getitem__):
+                if change in DRAWINGS and cut != "all":  # too many for parts of the grid
+                    continue
                 maps = self._fits(cut, change)
                 if maps is not None:
                     programs.append(Program(cut, change, maps))

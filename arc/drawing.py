@@ -1,0 +1,589 @@
+"""More changes of a whole grid: rays and lines of chosen cells, symmetry about a pivot, moves to an anchor, stamps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from arc.features import Objects, region_rim
+from arc.scene import Grid, Scene, Transform
+from arc.sizes import lines, spans
+
+Mask = np.ndarray
+Place = tuple[np.ndarray, np.ndarray]  # rows and columns
+Choice = Callable[[Scene], "Mask | None"]
+NOTHING = -1
+
+DOWN, UP, RIGHT, LEFT = (1, 0), (-1, 0), (0, 1), (0, -1)
+DIAGONALS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+DIRECTIONS: dict[str, tuple[tuple[int, int], ...]] = {
+    "rows": (RIGHT, LEFT),
+    "cols": (DOWN, UP),
+    "cross": (DOWN, UP, RIGHT, LEFT),
+    "diagonals": DIAGONALS,
+    "star": (DOWN, UP, RIGHT, LEFT, *DIAGONALS),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which cells: a choice is a mask over the grid, None where it would be empty or everything
+# ----------------------------------------------------------------------------------------------------------------
+def of_colour(rank: int) -> Choice:
+    """Cells of the foreground colour of a rank (0 the commonest, -1 the rarest of at least two)."""
+
+    def choice(scene: Scene) -> Mask | None:
+        return scene.grid == scene.colours[rank] if len(scene.colours) > 1 else None
+
+    return choice
+
+
+def of_shapes(keep: Callable[[Objects], np.ndarray]) -> Choice:
+    """Cells of the one-coloured objects for which `keep` holds."""
+
+    def choice(scene: Scene) -> Mask | None:
+        shapes = scene.canvas.shapes
+        if not shapes.count:
+            return None
+        kept = keep(shapes)
+        if kept.all() or not kept.any():
+            return None
+        return shapes.paint(kept.astype(np.int64), 0)[0] == 1
+
+    return choice
+
+
+CHOICES: dict[str, Choice] = {
+    "rare": of_colour(-1),
+    "top": of_colour(0),
+    "dots": of_shapes(lambda o: o.size == 1),
+    "largest": of_shapes(lambda o: o.size == o.size.max()),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rays and lines
+# ----------------------------------------------------------------------------------------------------------------
+def _shift(plane: np.ndarray, dr: int, dc: int) -> np.ndarray:
+    """The plane moved `dr` down and `dc` right, NOTHING moved in."""
+    result = np.full_like(plane, NOTHING)
+    height, width = plane.shape
+    if abs(dr) < height and abs(dc) < width:
+        to = slice(max(0, dr), height + min(0, dr)), slice(max(0, dc), width + min(0, dc))
+        start = slice(max(0, -dr), height + min(0, -dr)), slice(max(0, -dc), width + min(0, -dc))
+        result[to] = plane[start]
+    return result
+
+
+def _cast(values: np.ndarray, dr: int, dc: int) -> np.ndarray:
+    """The last value (not NOTHING) before each cell when coming from (-dr, -dc); each round looks twice as far."""
+    found, reach = _shift(values, dr, dc), 1
+    while reach < max(values.shape):
+        further = _shift(found, dr * reach, dc * reach)
+        found = np.where(found == NOTHING, further, found)
+        reach *= 2
+    return found
+
+
+def rays(choice: Choice, steps: tuple[tuple[int, int], ...], through: bool = False) -> Transform:
+    """Chosen cells drawn on, straight, over the background: to the first foreground cell, or beyond if `through`."""
+
+    def change(scene: Scene) -> Grid | None:
+        chosen = choice(scene)
+        if chosen is None:
+            return None
+        empty = NOTHING if through else np.where(scene.foreground, 10, NOTHING)
+        values = np.where(chosen, scene.grid.astype(np.int64), empty)
+        result = scene.grid
+        for dr, dc in steps:
+            origin = _cast(values, dr, dc)
+            drawn = (result == scene.background) & ~scene.foreground & (origin != NOTHING) & (origin != 10)
+            result = np.where(drawn, origin, result)
+        return result.astype(np.uint8)
+
+    return change
+
+
+def grown(choice: Choice, steps: tuple[tuple[int, int], ...]) -> Transform:
+    """The background next to chosen cells takes their colour."""
+
+    def change(scene: Scene) -> Grid | None:
+        chosen = choice(scene)
+        if chosen is None:
+            return None
+        values = np.where(chosen, scene.grid.astype(np.int64), NOTHING)
+        result = scene.grid
+        for dr, dc in steps:
+            near = _shift(values, dr, dc)
+            result = np.where((result == scene.background) & (near != NOTHING), near, result)
+        return result.astype(np.uint8)
+
+    return change
+
+
+def linked_to(choice: Choice) -> Transform:
+    """Background between a chosen cell and another foreground cell that see each other takes the latter's colour."""
+
+    def change(scene: Scene) -> Grid | None:
+        chosen = choice(scene)
+        if chosen is None:
+            return None
+        values = np.where(chosen, 10, np.where(scene.foreground, scene.grid.astype(np.int64), NOTHING))
+        result = scene.grid
+        for dr, dc in DIRECTIONS["cross"]:
+            colour, anchor = _cast(values, dr, dc), _cast(values, -dr, -dc)
+            linked = ~scene.foreground & (anchor == 10) & (colour >= 0) & (colour < 10)
+            result = np.where(linked, colour, result)
+        return result.astype(np.uint8)
+
+    return change
+
+
+def elbow(rows_first: bool) -> Transform:
+    """From the upper of two dots to the other, along a row and a column, in a colour that the grid does not have."""
+
+    def change(scene: Scene) -> Grid | None:
+        row, col = np.nonzero(scene.foreground)
+        if len(row) != 2:
+            return None
+        (r0, r1), (c0, c1) = row.tolist(), col.tolist()
+        turn_row, turn_col = (r0, c1) if rows_first else (r1, c0)
+        spare = next(c for c in range(9, -1, -1) if c not in (scene.background, *scene.colours))
+        result = scene.grid.copy()
+        result[turn_row, min(c0, c1) : max(c0, c1) + 1] = spare
+        result[min(r0, r1) : max(r0, r1) + 1, turn_col] = spare
+        result[row, col] = scene.grid[row, col]
+        return result
+
+    return change
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Symmetry about a pivot
+# ----------------------------------------------------------------------------------------------------------------
+def _pivot_of(choice: Choice) -> Callable[[Scene], tuple[int, int] | None]:
+    """Row and column sums (first + last) of a choice's bounding box: mirror images add up to them."""
+
+    def pivot(scene: Scene) -> tuple[int, int] | None:
+        chosen = choice(scene)
+        if chosen is None or not chosen.any():
+            return None
+        rows, cols = np.flatnonzero(chosen.any(1)), np.flatnonzero(chosen.any(0))
+        return int(rows[0] + rows[-1]), int(cols[0] + cols[-1])
+
+    return pivot
+
+
+def _pivot_of_lines(scene: Scene) -> tuple[int, int] | None:
+    """The middle of the full lines that cross the grid."""
+    rows, cols, colour = lines(scene.grid)
+    if colour is None:
+        return None
+    height, width = scene.grid.shape
+    return (rows[0] + rows[-1] if rows else height - 1), (cols[0] + cols[-1] if cols else width - 1)
+
+
+def _images(row: np.ndarray, col: np.ndarray, pivot: tuple[int, int], turns: bool) -> list[Place]:
+    """Where cells go in the mirror images (with `turns` in all eight orientations) about a pivot."""
+    (p, q), half = pivot, (pivot[0] - pivot[1]) // 2
+    images = [(p - row, col), (row, q - col), (p - row, q - col)]
+    if turns and (p - q) % 2 == 0:
+        swapped = [(col + half, row - half), (p - col - half, row - half), (col + half, q - row + half)]
+        images = [*images, *swapped, (p - col - half, q - row + half)]
+    return images
+
+
+def symmetric(pivot_of: Callable[[Scene], tuple[int, int] | None], turns: bool) -> Transform:
+    """The foreground's mirror images about a pivot drawn onto the background."""
+
+    def change(scene: Scene) -> Grid | None:
+        pivot = pivot_of(scene)
+        if pivot is None:
+            return None
+        height, width = scene.grid.shape
+        row, col = np.nonzero(scene.foreground)
+        result = scene.grid.copy()
+        for r, c in _images(row, col, pivot, turns):
+            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+            r, c, colour = r[inside], c[inside], scene.grid[row[inside], col[inside]]
+            free = result[r, c] == scene.background
+            result[r[free], c[free]] = colour[free]
+        return result
+
+    return change
+
+
+def clusters_symmetric(*mirrors: Callable[[Grid], Grid]) -> Transform:
+    """Every cluster merged with mirror images of itself inside its own box."""
+
+    def change(scene: Scene) -> Grid | None:
+        clusters = scene.canvas.clusters
+        if not 0 < clusters.count <= 30:
+            return None
+        result = scene.grid.copy()
+        for index in range(clusters.count):
+            area = clusters.area(index)
+            for mirror in mirrors:
+                image = mirror(scene.grid[area])
+                if image.shape == result[area].shape:
+                    result[area] = np.where(result[area] == scene.background, image, result[area])
+        return result
+
+    return change
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Moves
+# ----------------------------------------------------------------------------------------------------------------
+def moved_to(choice: Choice) -> Transform:
+    """Every other object moves straight, up to 30 steps, until it touches what is chosen (if it lies in its way)."""
+
+    def change(scene: Scene) -> Grid | None:
+        anchor = choice(scene)
+        shapes = scene.canvas.shapes
+        if anchor is None or not 1 < shapes.count <= 30:
+            return None
+        rows, cols = np.flatnonzero(anchor.any(1)), np.flatnonzero(anchor.any(0))
+        result = np.where(anchor, scene.grid, scene.background).astype(np.uint8)
+        height, width = anchor.shape
+        for index in range(shapes.count):
+            own = shapes.of == index
+            row, col = shapes.row[own], shapes.col[own]
+            if anchor[row[0], col[0]]:
+                continue
+            dr = int(rows[0] > shapes.bottom[index]) - int(rows[-1] < shapes.top[index])
+            dc = int(cols[0] > shapes.right[index]) - int(cols[-1] < shapes.left[index])
+            if (dr == 0) != (dc == 0):
+                for step in range(1, 30):
+                    r, c = row + dr * step, col + dc * step
+                    if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width:
+                        break
+                    if (result[r, c] != scene.background).any():
+                        row, col = r - dr, c - dc
+                        break
+            result[row, col] = shapes.colour[index]
+        return result
+
+    return change
+
+
+def falling(choice: Choice, dr: int, dc: int) -> Transform:
+    """Only the chosen objects move, each until the border or another cell stops it."""
+
+    def change(scene: Scene) -> Grid | None:
+        chosen = choice(scene)
+        shapes = scene.canvas.shapes
+        if chosen is None or not 0 < shapes.count <= 40:
+            return None
+        moving = [k for k in range(shapes.count) if chosen.reshape(-1)[shapes.first[k]]]
+        front = {DOWN: shapes.bottom, UP: -shapes.top, RIGHT: shapes.right, LEFT: -shapes.left}[dr, dc]
+        result = np.where(chosen, scene.background, scene.grid).astype(np.uint8)
+        height, width = chosen.shape
+        for index in sorted(moving, key=lambda k: -int(front[k])):
+            own = shapes.of == index
+            row, col = shapes.row[own], shapes.col[own]
+            while True:
+                r, c = row + dr, col + dc
+                if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width:
+                    break
+                if (result[r, c] != scene.background).any():
+                    break
+                row, col = r, c
+            result[row, col] = shapes.colour[index]
+        return result
+
+    return change
+
+
+def dots_to_own_colour(scene: Scene) -> Grid | None:
+    """Every dot moves straight to the largest object of its colour, to lie against it; a dot without one vanishes."""
+    shapes = scene.canvas.shapes
+    dots = np.flatnonzero(shapes.size == 1)
+    if not len(dots) or len(dots) == shapes.count:
+        return None
+    result = scene.grid.copy()
+    result[shapes.top[dots], shapes.left[dots]] = scene.background
+    for dot in dots:
+        homes = np.flatnonzero((shapes.colour == shapes.colour[dot]) & (shapes.size > 1))
+        if not len(homes):
+            continue
+        home = homes[shapes.size[homes].argmax()]
+        row, col = int(shapes.top[dot]), int(shapes.left[dot])
+        near_row = int(np.clip(row, shapes.top[home] - 1, shapes.bottom[home] + 1))
+        near_col = int(np.clip(col, shapes.left[home] - 1, shapes.right[home] + 1))
+        if shapes.top[home] <= row <= shapes.bottom[home]:
+            result[row, near_col] = shapes.colour[dot]
+        elif shapes.left[home] <= col <= shapes.right[home]:
+            result[near_row, col] = shapes.colour[dot]
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Filling, thinning, cleaning
+# ----------------------------------------------------------------------------------------------------------------
+def colour_boxes(scene: Scene) -> Grid | None:
+    """The box around all cells of a colour filled with it, where the background is; larger boxes first."""
+    if not scene.colours:
+        return None
+    boxes = []
+    for colour in scene.colours:
+        rows = np.flatnonzero((scene.grid == colour).any(1))
+        cols = np.flatnonzero((scene.grid == colour).any(0))
+        boxes.append(((rows[-1] - rows[0] + 1) * (cols[-1] - cols[0] + 1), colour, rows, cols))
+    result = scene.grid.copy()
+    for _, colour, rows, cols in sorted(boxes, key=lambda box: -box[0]):
+        area = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+        result[area] = np.where(scene.foreground[area], result[area], colour)
+    return result
+
+
+def hollowed(scene: Scene) -> Grid | None:
+    """Cells whose four neighbours all have their colour are emptied."""
+    grid = np.pad(scene.grid.astype(np.int64), 1, constant_values=10)
+    inner = scene.foreground.copy()
+    for dr, dc in (DOWN, UP, RIGHT, LEFT):
+        height, width = inner.shape
+        inner &= grid[1 + dr : 1 + dr + height, 1 + dc : 1 + dc + width] == scene.grid
+    return np.where(inner, scene.background, scene.grid).astype(np.uint8) if inner.any() else None
+
+
+def absorbed(limit: int) -> Transform:
+    """Regions of at most `limit` cells take the commonest colour around them."""
+
+    def change(scene: Scene) -> Grid | None:
+        regions = scene.canvas.regions
+        small = regions.size <= limit
+        if not small.any():
+            return None
+        rim = region_rim(scene.canvas)[0]
+        mask = (regions.paint(small.astype(np.int64), 0)[0] == 1) & (rim >= 0)
+        return np.where(mask, rim, scene.grid).astype(np.uint8)
+
+    return change
+
+
+def erased(rank: int) -> Transform:
+    """The colour of a rank taken away: its cells take the commonest other colour around them, from the outside in."""
+
+    def change(scene: Scene) -> Grid | None:
+        if len(scene.colours) < 2:
+            return None
+        result = np.where(scene.grid == scene.colours[rank], NOTHING, scene.grid.astype(np.int64))
+        for _ in range(15):
+            hidden = result == NOTHING
+            if not hidden.any():
+                return result.astype(np.uint8)
+            near = np.stack([_shift(result, dr, dc) for dr, dc in DIRECTIONS["star"]])
+            counts = np.stack([(near == colour).sum(0) for colour in range(10)])
+            result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0), result)
+        return None
+
+    return change
+
+
+def flooded(rank: int) -> Transform:
+    """Background regions inside walls of the colour of a rank take the one other colour they touch."""
+
+    def change(scene: Scene) -> Grid | None:
+        if len(scene.colours) < 2:
+            return None
+        regions, wall = scene.canvas.regions, scene.colours[rank]
+        seen = np.zeros((regions.count, 10), bool)
+        for dr, dc in DIRECTIONS["cross"]:
+            near = _shift(scene.grid.astype(np.int64), dr, dc).reshape(-1)[regions.cells]
+            valid = near >= 0
+            seen[regions.of[valid], near[valid]] = True
+        seen[:, [wall, scene.background]] = False
+        flood = (regions.colour == scene.background) & (seen.sum(1) == 1)
+        plane = regions.paint(np.where(flood, seen.argmax(1), NOTHING), NOTHING)[0]
+        return np.where(plane != NOTHING, plane, scene.grid).astype(np.uint8)
+
+    return change
+
+
+def ringed(scene: Scene) -> Grid | None:
+    """A ring in the object's colour around every object's box."""
+    shapes = scene.canvas.shapes
+    if not 0 < shapes.count <= 30:
+        return None
+    result = scene.grid.copy()
+    for index in range(shapes.count):
+        rows = slice(max(0, int(shapes.top[index]) - 1), int(shapes.bottom[index]) + 2)
+        cols = slice(max(0, int(shapes.left[index]) - 1), int(shapes.right[index]) + 2)
+        area, inner = result[rows, cols], shapes.area(index)
+        kept = result[inner].copy()
+        area[area == scene.background] = shapes.colour[index]
+        result[inner] = kept
+    return result
+
+
+def continued(scene: Scene) -> Grid | None:
+    """The pattern of foreground cells carried on over the background by the shortest shift that maps it onto itself."""
+    grid, seen = scene.grid, int(scene.foreground.sum())
+    height, width = grid.shape
+    for step in range(1, min(16, max(height, width))):
+        for dr, dc in ((0, step), (step, 0), (step, step), (step, -step)):
+            if dr >= height or abs(dc) >= width:
+                continue
+            here = grid[: height - dr, max(0, -dc) : width - max(0, dc)]
+            there = grid[dr:, max(0, dc) : width - max(0, -dc)]
+            both = (here != scene.background) & (there != scene.background)
+            matched = int(both.sum())
+            if 4 * matched >= seen and matched > 1 and (here[both] == there[both]).all():
+                return _carried(scene, dr, dc)
+    return None
+
+
+def _carried(scene: Scene, dr: int, dc: int) -> Grid:
+    result = scene.grid.astype(np.int64)
+    values = np.where(scene.foreground, result, NOTHING)
+    for sign in (1, -1):
+        for step in range(1, 30):
+            image = _shift(values, sign * step * dr, sign * step * dc)
+            result = np.where((result == scene.background) & (image != NOTHING), image, result)
+    return result.astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stamps and panels
+# ----------------------------------------------------------------------------------------------------------------
+def _stamps(scene: Scene) -> list[tuple[Grid, Mask, int]]:
+    """Clusters of several colours as (box, mask of own cells, cluster number), largest first."""
+    clusters = scene.canvas.clusters
+    order = np.argsort(-clusters.size, kind="stable")
+    several = [int(k) for k in order if clusters.colours[k] > 1]
+    return [(clusters.box(k), clusters.labels[0][clusters.area(k)] == k, k) for k in several]
+
+
+def stamped_at_markers(scene: Scene) -> Grid | None:
+    """The largest cluster of several colours copied to every dot whose colour occurs in it exactly once."""
+    clusters = scene.canvas.clusters
+    stamps = _stamps(scene)
+    if not stamps:
+        return None
+    box, mask, number = stamps[0]
+    result = scene.grid.copy()
+    height, width = result.shape
+    row, col = np.nonzero(mask)
+    colours = box[row, col]
+    once = np.bincount(colours, minlength=10) == 1
+    for index in np.flatnonzero(clusters.size == 1):
+        colour = int(clusters.colour[index])
+        if index == number or not once[colour]:
+            continue
+        at = int(np.flatnonzero(colours == colour)[0])
+        r, c = row - row[at] + clusters.top[index], col - col[at] + clusters.left[index]
+        inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+        result[r[inside], c[inside]] = colours[inside]
+    return result
+
+
+def stamped_on_twins(scene: Scene) -> Grid | None:
+    """One-coloured clusters of the outline of a cluster of several colours take its colours."""
+    clusters = scene.canvas.clusters
+    if not 1 < clusters.count <= 60:
+        return None
+    result, done = scene.grid.copy(), False
+    for box, mask, number in _stamps(scene):
+        for index in np.flatnonzero((clusters.shape == clusters.shape[number]) & (clusters.colours == 1)):
+            area = result[clusters.area(int(index))]
+            if area.shape == mask.shape:
+                area[mask] = box[mask]
+                done = True
+    return result if done else None
+
+
+def panels_kept(pick: Callable[[list[Grid]], int], fill: bool) -> Transform:
+    """Only the picked panel keeps its cells; with `fill` it becomes solid in its commonest foreground colour."""
+
+    def change(scene: Scene) -> Grid | None:
+        panels = scene.panels
+        if not panels:
+            return None
+        best = pick([np.where(p == scene.background, 0, 1) for p in panels])
+        _, _, line_colour = lines(scene.grid)
+        result = np.where(scene.grid == line_colour, scene.grid, scene.background).astype(np.uint8)
+        top, left = _panel_corners(scene)[best]
+        height, width = panels[best].shape
+        counts = np.bincount(panels[best].reshape(-1), minlength=10)
+        counts[scene.background] = 0
+        area = result[top : top + height, left : left + width]
+        area[:] = counts.argmax() if fill else panels[best]
+        return result
+
+    return change
+
+
+def _panel_corners(scene: Scene) -> list[tuple[int, int]]:
+    rows, cols, _ = lines(scene.grid)
+    height, width = scene.grid.shape
+    return [(a, c) for a, _ in spans(rows, height) for c, _ in spans(cols, width)]
+
+
+def _fullest(masks: list[Grid]) -> int:
+    return int(np.argmax([m.sum() for m in masks]))
+
+
+def _emptiest(masks: list[Grid]) -> int:
+    return int(np.argmin([m.sum() for m in masks]))
+
+
+def _rolled(dr: int, dc: int) -> Transform:
+    return lambda scene: np.roll(scene.grid, (dr, dc), (0, 1))
+
+
+def _lr(grid: Grid) -> Grid:
+    return grid[:, ::-1]
+
+
+def _ud(grid: Grid) -> Grid:
+    return grid[::-1]
+
+
+def _half_turn(grid: Grid) -> Grid:
+    return grid[::-1, ::-1]
+
+
+def _drawings() -> dict[str, Transform]:
+    drawings: dict[str, Transform] = {
+        "colour_boxes": colour_boxes,
+        "hollowed": hollowed,
+        "absorbed_1": absorbed(1),
+        "absorbed_2": absorbed(2),
+        "ringed": ringed,
+        "continued": continued,
+        "stamped_at_markers": stamped_at_markers,
+        "stamped_on_twins": stamped_on_twins,
+        "panel_fullest": panels_kept(_fullest, False),
+        "panel_fullest_filled": panels_kept(_fullest, True),
+        "panel_emptiest": panels_kept(_emptiest, False),
+        "symmetric_lines": symmetric(_pivot_of_lines, False),
+        "symmetric_lines_turned": symmetric(_pivot_of_lines, True),
+        "dots_to_own_colour": dots_to_own_colour,
+        "clusters_mirrors": clusters_symmetric(_lr, _ud, _half_turn),
+        "elbow_rows_first": elbow(True),
+        "elbow_cols_first": elbow(False),
+        "rolled_down": _rolled(1, 0),
+        "rolled_up": _rolled(-1, 0),
+        "rolled_right": _rolled(0, 1),
+        "rolled_left": _rolled(0, -1),
+    }
+    for name in ("rare", "dots"):
+        for way in ("cross", "diagonals", "star"):
+            drawings[f"rays_{name}_{way}"] = rays(CHOICES[name], DIRECTIONS[way])
+        drawings[f"lines_{name}"] = rays(CHOICES[name], DIRECTIONS["cross"], through=True)
+        drawings[f"grown_{name}"] = grown(CHOICES[name], DIRECTIONS["star"])
+    for name in ("rare", "top", "largest"):
+        drawings[f"symmetric_{name}"] = symmetric(_pivot_of(CHOICES[name]), False)
+        drawings[f"symmetric_{name}_turned"] = symmetric(_pivot_of(CHOICES[name]), True)
+        drawings[f"moved_to_{name}"] = moved_to(CHOICES[name])
+        drawings[f"linked_to_{name}"] = linked_to(CHOICES[name])
+    for rank in (0, -1):
+        drawings[f"erased_{rank}"] = erased(rank)
+        drawings[f"flooded_{rank}"] = flooded(rank)
+    for way, step in (("down", DOWN), ("up", UP), ("right", RIGHT), ("left", LEFT)):
+        drawings[f"rare_falls_{way}"] = falling(CHOICES["rare"], *step)
+    return drawings
+
+
+DRAWINGS: dict[str, Transform] = _drawings()
