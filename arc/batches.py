@@ -425,6 +425,7 @@ class PredictionBatch(TensorBundle):
     task: Tensor  # (G,) int64 position in the list of tasks that is being predicted
     query: list[QueryBatch]  # owner says which of the G tasks, `number` which of its test pairs
     feedback: list[QueryBatch]
+    trial: list[QueryBatch]  # every demonstration, to be answered from the others
     folds: Folds | None  # to decide by how many refinement steps help, where that is asked for
 
 
@@ -448,19 +449,19 @@ class PredictionData(torch.utils.data.Dataset):
         texts: list[Sequence[int]] = []
         queries: list[Query] = []
         feedback: list[Query] = []
+        trial: list[Query] = []
         for owner, position in enumerate(positions):
             task = self.tasks[position]
             known = self.store.get(task)
             for number, pair in enumerate(task.test):
                 evidence = known.test(number)
                 queries += [make_query(pair.input, None, evidence, view, owner, number) for view in self.views]
-            for other in feedback_indices(len(task.train), None, self.feedback_pairs):
-                context_pair = task.train[other]
-                feedback.append(
-                    make_query(
-                        context_pair.input, context_pair.output, known.held_out(other), Augmentation.IDENTITY, owner
-                    )
-                )
+            demonstrations = [
+                make_query(pair.input, pair.output, known.held_out(other), Augmentation.IDENTITY, owner)
+                for other, pair in enumerate(task.train)
+            ]
+            trial += demonstrations
+            feedback += [demonstrations[k] for k in feedback_indices(len(task.train), None, self.feedback_pairs)]
             texts.append(self.encode(context_pairs(task)))
         ids, lengths = pad_ids(texts)
         return PredictionBatch(
@@ -469,6 +470,7 @@ class PredictionData(torch.utils.data.Dataset):
             task=torch.tensor(positions),
             query=collate_in_buckets(queries),
             feedback=collate_in_buckets(feedback),
+            trial=collate_in_buckets(trial),
             folds=self.folds_of(positions) if self.folds else None,
         )
 

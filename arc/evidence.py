@@ -96,6 +96,21 @@ class QueryEvidence:
             votes[c] = (share * (colour == c)).sum(0)
         return votes.argmax(0).astype(np.uint8), votes
 
+    def dissent(self, answer: np.ndarray) -> np.ndarray | None:
+        """The best other answer than `answer` (h, w) that tables give as a whole grid: of those with something to say
+        about every cell, equal grids' weights added up. None if they all agree.
+
+        Not the second choice cell by cell: a table that is right in every cell but outvoted keeps its cells together.
+        """
+        tables = len(self.codes)
+        colour = (self.codes % 10).reshape(tables, -1)
+        differs = (self.codes >= 10).all((1, 2)) & (colour != answer.reshape(-1)).any(1)
+        if not differs.any():
+            return None
+        grids, which = np.unique(colour[differs], axis=0, return_inverse=True)
+        totals = np.bincount(which.reshape(-1), weights=self.weights()[differs])
+        return grids[totals.argmax()].reshape(answer.shape).astype(np.uint8)
+
 
 class TaskEvidence:
     """All evidence of one task, computed from its demonstrations and its test inputs. Never receives a test output."""

@@ -107,7 +107,7 @@ def test_silent_evidence_has_no_ballot() -> None:
     """A blank grid is nobody's vote: it is no attempt, and the views need not outvote it."""
     blank, one, two = (np.full((2, 2), colour, np.uint8) for colour in range(3))
     task = Task("t", (), (Pair(one, None),))
-    pair = PairPrediction(task, 0, blank, [one, one], [one, two], [0.1, 0.9])
+    pair = PairPrediction(task, 0, blank, [one, one], [one, two], [0.1, 0.9], [0.1, 0.9])
     first, second = pair.attempts()
     assert exact(first, blank) and exact(second, two)
     pair.evidence = False

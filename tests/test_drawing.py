@@ -20,7 +20,11 @@ def grid(text: str) -> Grid:
 
 @settings(max_examples=60)
 @given(
-    st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 30), st.integers(2, 10), st.sampled_from([0, 0.6, 0.9])
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(2, 10),
+    st.sampled_from([0, 0.6, 0.9]),
 )
 def test_a_change_gives_a_grid_or_nothing_and_leaves_its_input(
     seed: int, height: int, width: int, colours: int, empty: float

@@ -251,7 +251,7 @@ def test_a_hundred_tasks_stay_below_five_megabytes(
     found = []
     for task in make(100):
         for k, pair in enumerate(task.test):
-            found.append(PairPrediction(task, k, pair.input, [pair.input], [task.test[0].input], [0.5]))
+            found.append(PairPrediction(task, k, pair.input, [pair.input], [task.test[0].input], [0.5], [0.5]))
     write_gallery(tmp_path / "gallery-seed.json", make_gallery("seed", found, step=3))
     (tmp_path / "train.log").write_text("")
     page = write_report(tmp_path).read_text(encoding="utf-8")

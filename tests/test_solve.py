@@ -31,7 +31,7 @@ Json = dict[str, Any]
 Evaluate = Callable[..., Outcome]
 
 # Few tasks with small grids and 1 to 3 test inputs. Of some all, of some a part and of some nothing is solved.
-ARC_1 = ("27a28665", "44f52bb0", "31d5ba1a", "0692e18c")
+ARC_1 = ("27a28665", "44f52bb0", "31d5ba1a", "0692e18c", "99fa7670")
 ARC_2 = ("3cd86f4f", "6ea4a07e", "b1fc8b8e", "d35bdbdc", "007bbfb7")
 
 
