@@ -111,6 +111,8 @@ HARMLESS = OF_THE_COMMAND | {
 HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
 
 
+CHECKPOINT_FORMAT = 2  # raise it when checkpoints of before can no longer be continued
+
 # The order of --help: what every run needs, then what belongs to the fixes.
 HEADINGS = (
     "run", "data", "agent", "validation and records", "checkpoints",
@@ -784,6 +786,7 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
             "average": run.average.state_dict() if run.average else None,
         },
         "extra": {
+            "format": CHECKPOINT_FORMAT,
             "state": dataclasses.asdict(run.state),
             "threshold": run.threshold.state_dict(),
             "rng": rng_state(),
@@ -830,6 +833,18 @@ def save_checkpoint(run: Run, *, wait: bool = False) -> None:
     run.persistence.save(
         checkpoint_tree(run), step=run.state.step, metrics=metrics, wait=wait, frozen=frozen_parts(run)
     )
+
+
+def load_checkpoint(persistence: ModelPersistence, which: str) -> Checkpoint:
+    """latest, best or a path, verified. ValueError for one that this version of the program did not write."""
+    checkpoint = persistence.load(which)
+    found = checkpoint.state.get("extra", {}).get("format", 1)
+    if found != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"--resume: {checkpoint.path.name} was written by another version of this program (checkpoint format "
+            f"{found}, here {CHECKPOINT_FORMAT}); continue it with that version, or start a new run"
+        )
+    return checkpoint
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -1756,7 +1771,7 @@ def run_main(argv: Sequence[str] | None) -> int:
         folder, which = open_run_folder(args)
         if which is not None:
             persistence = open_persistence(args, folder, log)
-            checkpoint = persistence.load(which)
+            checkpoint = load_checkpoint(persistence, which)
             adopt_flags(args, given, checkpoint)
             if problems := missing_packages(args, resolve_device(args.device)):
                 raise ValueError("; ".join(problems))
@@ -1795,7 +1810,7 @@ def print_config(args: argparse.Namespace, given: set[str]) -> int:
     folder, which = open_run_folder(args)
     if which is not None:
         with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
-            adopt_flags(args, given, persistence.load(which))
+            adopt_flags(args, given, load_checkpoint(persistence, which))
         args.output_dir = str(folder)
     print(json.dumps(saved_flags(args), indent=2, allow_nan=False))
     return 0

@@ -48,6 +48,7 @@ from trainloop_complete_with_fixes import (  # noqa: E402
     build_run,
     context_feedback,
     held_out_loss,
+    load_checkpoint,
     parse_arguments,
     read_prompt,
     restore,
@@ -71,7 +72,7 @@ def open_run(folder: str, which: str, flags: Sequence[str]) -> Run:
     or PersistenceError, one line, where there is none."""
     args, given = parse_arguments(["--eval_only", "--resume", which, "--output_dir", folder, "--quiet", *flags])
     with ModelPersistence(folder, read_only=True) as persistence:
-        checkpoint = persistence.load(which)
+        checkpoint = load_checkpoint(persistence, which)
     adopt_flags(args, given, checkpoint)
     run = build_run(args, RunLog(quiet=True), time.monotonic(), checkpoint)
     restore(run, checkpoint)

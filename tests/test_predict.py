@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import SmallBuild
 
 from arc.batches import PredictionData, QueryBatch
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
 from arc.predict import PairPrediction, predict_tasks
 from arc.tasks import Grid, Pair, Task, evaluation_views
-from conftest import SmallBuild
 from trainloop_complete_with_fixes import beats_evidence, predict_batch, read_prompt
 
 
@@ -56,7 +56,7 @@ def test_a_sure_view_breaks_a_tie_and_no_more() -> None:
 
 
 def evidence_of(codes: dict[int, list[int]], records: dict[int, float]) -> QueryEvidence:
-    """Tables that say what `codes` lists for a grid of one row (negative: nothing), right as often as `records` says."""
+    """Tables that say what `codes` lists for a grid of one row (negative: nothing); `records`: how often right."""
     width = len(next(iter(codes.values())))
     planes, stats = np.zeros((NUM_TABLES, 1, width), np.uint8), np.zeros((NUM_TABLES, 3), np.float32)
     for table, colours in codes.items():

@@ -281,6 +281,20 @@ def test_resume_a_path_and_the_best(uninterrupted: Outcome, small_run: SmallRun,
     assert "Resumed from best-" in resumed.stdout and f"epoch {best.state['extra']['state']['epoch']}" in resumed.stdout
 
 
+@pytest.mark.parametrize("change", [{"format": 1}, None])
+def test_a_checkpoint_of_another_version_is_refused(
+    change: dict[str, int] | None, interrupted: Path, small_run: SmallRun
+) -> None:
+    checkpoint = load(interrupted)
+    checkpoint.state["extra"] = checkpoint.state["extra"] | change if change else {}
+    with ModelPersistence(interrupted, log=lambda _: None) as persistence:
+        persistence.save(checkpoint.state, step=checkpoint.step, metrics=checkpoint.metrics, wait=True)
+    before = everything_below(interrupted)
+    refused = small_run(interrupted, "--resume")
+    assert refused.code == 2 and refused.stderr.count("\n") == 1 and "another version" in refused.stderr
+    assert everything_below(interrupted) == before
+
+
 def test_random_generators_go_on_where_the_checkpoint_left_them(
     interrupted: Path, uninterrupted: Outcome, small_run: SmallRun
 ) -> None:
