@@ -106,13 +106,14 @@ class Corrector(torch.nn.Module):
 def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBuild) -> None:
     """Better than the vote on a task's own demonstrations: trusted. As good, or worse: not."""
     run = small_build()
+    torch.nn.init.zeros_(run.agent.prompt_trust.weight)  # under any prompt: what the evidence votes for
     data = PredictionData(run.training, run.store, run.qwen.encoder, views=evaluation_views(1), feedback_pairs=2)
     batch = data[tuple(range(len(run.training)))]
     assert sum(len(query) for query in batch.trial) == sum(len(task.train) for task in run.training)
     with torch.no_grad():
         prompt, _ = read_prompt(run, batch)
         fresh = beats_evidence(run.agent, prompt, batch.trial)
-        assert not fresh.any()  # a fresh agent answers what the evidence votes for
+        assert not fresh.any()
         beaten = [
             index
             for index, task in enumerate(run.training)

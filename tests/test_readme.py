@@ -1,0 +1,132 @@
+"""Every command in the README: those of the product are run, on small data; of the benchmarks, which tests of their own
+run, the flags are checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import FAST, ROOT
+
+import arc.report
+import model_persistence
+from trainloop_complete_with_fixes import main, parse_arguments
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPT = "trainloop_complete_with_fixes.py"
+
+
+def commands() -> list[str]:
+    """Lines of the bash blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def starting(start: str) -> list[list[str]]:
+    """The arguments of the commands that begin so."""
+    return [shlex.split(line)[len(start.split()) :] for line in commands() if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def workplace(small_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to work in with a finished run in runs/my_run, the name that the README uses."""
+    folder = tmp_path_factory.mktemp("readme")
+    assert main([*small_flags, *FAST, "--epochs", "1", "--output_dir", str(folder / "runs" / "my_run")]) == 0
+    return folder
+
+
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    kinds = ("make ", "pip install ", f"python {SCRIPT} ", "python model_persistence.py ", "python -m arc.report ")
+    assert len(commands()) > 15
+    assert [line for line in commands() if not line.startswith((*kinds, "python benchmarks/"))] == []
+
+
+@pytest.mark.parametrize("flags", starting(f"python {SCRIPT}"), ids=" ".join)
+def test_training_and_solving(
+    flags: list[str],
+    small_flags: tuple[str, ...],
+    data_dir: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each as it stands there, on the CPU and with the small settings that a later flag of the same name brings."""
+    monkeypatch.chdir(workplace)
+    where = [] if "--resume" in flags else ["--output_dir", f"runs/{len(list(Path('runs').iterdir()))}"]
+    small = [*small_flags, *FAST, "--epochs", "2" if "--resume" in flags else "1", "--unseen", str(data_dir)]
+    if "--resume" in flags:  # a resumed run keeps its own settings
+        small = ["--epochs", "2", "--device", "cpu", "--data", str(data_dir), "--workers", "0", *small_flags[-2:]]
+    assert main([*flags, *small, *where]) == 0, capsys.readouterr().err
+    if "--submission" in flags:
+        assert (workplace / flags[flags.index("--submission") + 1]).is_file()
+
+
+@pytest.mark.parametrize("arguments", starting("python model_persistence.py"), ids=" ".join)
+def test_checkpoints(arguments: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    assert model_persistence.main(arguments) == 0
+
+
+@pytest.mark.parametrize("arguments", starting("python -m arc.report"), ids=" ".join)
+def test_reports(arguments: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    assert arc.report.main(arguments) == 0
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("python benchmarks/")])
+def test_flags_of_benchmarks(line: str) -> None:
+    """All at once it takes them, and each is explained."""
+    _, script, *arguments = shlex.split(line)
+    environment = os.environ | {"COLUMNS": "200"}
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert all(argument in shown.stdout for argument in arguments if argument.startswith("--"))
+
+
+@pytest.mark.parametrize("arguments", starting("make"), ids=" ".join)
+def test_targets(arguments: list[str], tmp_path: Path) -> None:
+    """What make would do; the flags that it trains with are ones that the script takes."""
+    venv = f"VENV={tmp_path / 'venv'}"
+    command = ["make", "--dry-run", "--no-print-directory", venv, *arguments]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for line in shown.stdout.replace("\\\n", " ").splitlines():
+        if f" {SCRIPT} " in line:
+            args, _ = parse_arguments([*shlex.split(line.partition(SCRIPT)[2])])
+            assert (args.time_budget, args.device) == (300, "cpu")
+    assert {"train": SCRIPT, "test": "pytest"}[arguments[0]] in shown.stdout
+
+
+@pytest.mark.parametrize("arguments", starting("pip install"), ids=" ".join)
+def test_packages(arguments: list[str]) -> None:
+    """Files are there; optional packages are ones that the tests run with."""
+    tested = (ROOT / "requirements-dev.txt").read_text()
+    for argument in arguments:
+        if argument != "-r":
+            assert (ROOT / argument).is_file() or re.search(rf"^{argument}\b", tested, re.MULTILINE)
+
+
+def test_every_flag_in_the_text_exists() -> None:
+    """Of the script or of a benchmark; a link's target is a heading, a file or an address."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("arc/*.py"), *ROOT.glob("benchmarks/*.py")]
+    known = set(re.findall(r"--[a-z_]+", "".join(path.read_text(encoding="utf-8") for path in sources)))
+    assert set(re.findall(r"(?<![\w-])--[a-z_]+\b", README)) <= known
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)", README, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        else:
+            assert target.startswith("https://") or (ROOT / target).exists()
