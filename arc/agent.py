@@ -190,8 +190,8 @@ class GridAgent(nn.Module):
             nn.init.zeros_(layer.weight)
         for layer in (self.task_trust, self.head, self.sharpness, self.rule_trust, self.size_head):
             nn.init.zeros_(layer.bias)
-        # Not zero: a prompt that moves nothing at the start would leave Qwen without gradient in the first step (fix 1).
-        # Half a nat, as on the development split refinement found too little to hold on to from 0.02.
+        # Not zero: a prompt that moves nothing at the start would leave Qwen without gradient in the first step (fix
+        # 1). Half a nat: from 0.02, refinement found too little to hold on to (development split).
         nn.init.normal_(self.prompt_trust.weight, std=0.5 / math.sqrt(prompt))
         cos, sin = rotary_tables(width // heads)
         self.register_buffer("cos", cos, persistent=False)

@@ -35,8 +35,8 @@ SPLITS = ("development", "seed", "unseen")
 
 @dataclass
 class Tally:
-    """Counts over queries: all, right size, exact vote, exact vote or dissent, some table exact, every cell right in some
-    table."""
+    """Counts over queries: all, right size, exact vote, exact vote or dissent, some table exact, every cell right in
+    some table."""
 
     queries: int = 0
     sizes: int = 0
@@ -112,7 +112,8 @@ def main() -> None:
             print(
                 f"{split:12s} {len(tasks)} tasks, {n} pairs: size {total.sizes} ({total.sizes / n:.1%}), "
                 f"pass@1 {total.exact} ({total.exact / n:.1%}), pass@2 {total.either} ({total.either / n:.1%}), "
-                f"some table exact {total.some_table}, every cell in some table {total.every_cell}; {total.cpu_seconds:.0f} CPU s, {wall:.0f} s"
+                f"some table exact {total.some_table}, every cell in some table {total.every_cell}; "
+                f"{total.cpu_seconds:.0f} CPU s, {wall:.0f} s"
             )
 
 
