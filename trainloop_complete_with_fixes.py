@@ -1252,6 +1252,8 @@ def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> 
     run.log(f"[Epoch {epoch}] Val Accuracy: {run.state.val_accuracy:.4f} ({score.pass1_pairs}/{score.pairs})")
     run.log(f"[Epoch {epoch}] Accuracy Delta: {headline.delta:+.4f}")
     row: dict[str, Any] = {"step": run.state.step, "epoch": epoch}
+    if headline.score.name in run.args.val_splits:
+        row["val.split"] = headline.score.name
     for name, report in reports.items():
         free, answer, n = report.training_free, report.score, max(1, report.score.pairs)
         run.log(

@@ -223,6 +223,8 @@ COLUMNS = (
     ("pass@2", "pass2", ".4f"),
     ("before", "before_pass1", ".4f"),
     ("vote alone", "vote_pass1", ".4f"),
+    ("vote, two attempts", "vote_pass2", ".4f"),
+    ("agent alone", "agent_pass1", ".4f"),
     ("sizes right", "size_acc", ".4f"),
     ("cells right", "cell_acc", ".4f"),
     ("cells, after − before", "accuracy_delta", "+.4f"),
@@ -237,8 +239,8 @@ def _splits(rows: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(prefix for prefix in found if prefix.split(".")[0] == "val")
 
 
-def _split_name(prefix: str) -> str:
-    return prefix.partition(".")[2] or "first split"
+def _split_name(prefix: str, row: dict[str, Any]) -> str:
+    return prefix.partition(".")[2] or str(row.get("val.split", "first split"))
 
 
 def _validations_html(rows: Sequence[dict[str, Any]]) -> str:
@@ -251,7 +253,7 @@ def _validations_html(rows: Sequence[dict[str, Any]]) -> str:
                 "–" if value is None else f"{value:{shape}}"
                 for value, (_, _, shape) in zip(values, COLUMNS, strict=True)
             ]
-            head = [str(row.get("epoch", "")), str(row["step"]), _split_name(prefix)]
+            head = [str(row.get("epoch", "")), str(row["step"]), _split_name(prefix, row)]
             lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*head, *cells)) + "</tr>")
     if not lines:
         return '<p class="muted">There is no scored validation yet.</p>'
@@ -259,7 +261,7 @@ def _validations_html(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f'<div class="box scroll"><table><tr>{heads}</tr>{"".join(lines)}</table></div><p class="muted">pass@1: first '
         "attempt exactly right; pass@2: one of two attempts; before: first attempt without refinement; vote alone: the "
-        "evidence's answer without any training.</p>"
+        "evidence's answer without any training; agent alone: its views' answer without the evidence's.</p>"
     )
 
 
@@ -280,7 +282,7 @@ def _curves_html(metrics: Metrics) -> str:
     for prefix in _splits(metrics.epochs) or ["val"]:
         shown = [("after", "pass1"), ("after, two attempts", "pass2")]
         shown += [("before", "before_pass1"), ("vote alone", "vote_pass1")]
-        title = f"Accuracy per validation, {_split_name(prefix)}"
+        title = f"Accuracy per validation, {_split_name(prefix, metrics.epochs[-1] if metrics.epochs else {})}"
         figures.append(
             line_chart(title, [Series(label, of_epochs(f"{prefix}.{key}")) for label, key in shown], zero=False)
         )

@@ -53,7 +53,7 @@ def expected(rows: list[dict[str, Any]]) -> Points:
         for name, value in row.items():
             plain = "train" if "loss" in row else "val"
             tag = name.replace(".", "/", 1) if "." in name else f"{plain}/{name}"
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, (int, float)):
                 wanted.setdefault(tag, []).append((row["step"], float(np.float32(value))))
     # An epoch's row has the headline's delta under two names, which are one tag.
     both = wanted["val/accuracy_delta"]
