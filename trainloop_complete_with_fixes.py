@@ -1279,6 +1279,8 @@ def log_validation(run: Run, epoch: int, reports: Mapping[str, SplitReport]) -> 
             f"{prefix}.vote_pass1": free.pass1_pairs / n,
             f"{prefix}.vote_pass2": free.pass2_pairs / n,
             f"{prefix}.agent_pass1": report.agent.pass1_pairs / n,
+            f"{prefix}.agent_cells": report.agent.cell_acc,
+            f"{prefix}.agent_sizes": report.agent.size_acc,
             f"{prefix}.cell_acc": answer.cell_acc,
             f"{prefix}.size_acc": answer.size_acc,
             f"{prefix}.pairs": answer.pairs,

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.runs import (  # noqa: E402
+    RATES,
     Job,
     Result,
     arguments,
@@ -56,8 +57,9 @@ Measure = Callable[[Result], float]
 MEASURES: dict[str, Measure] = {
     "pass@1": lambda result: result.pooled.pass1,
     "pass@2": lambda result: result.pooled.pass2,
-    "cells": lambda result: result.pooled.cell_acc,
-    "sizes": lambda result: result.pooled.size_acc,
+    "agent alone": lambda result: result.pooled.agent_pass1,
+    "its cells": lambda result: result.pooled.agent_cells,
+    "its sizes": lambda result: result.pooled.agent_sizes,
     "training queries solved": lambda result: result.solved,
 }
 
@@ -90,7 +92,9 @@ def make_text(results: Mapping[Job, Result], args: argparse.Namespace, command: 
             f"- {example.batches} batches in {args.epochs} epochs, seeds {' '.join(map(str, args.seeds))}; pairs "
             f"(first seed): {splits}\n{provenance(results.values())}",
             "Full program − variant with the same seed and the same batches, in points: mean ± standard error over "
-            "seeds [smallest, largest]. Positive: the part helps. The last column judges pass@1.\n",
+            "seeds [smallest, largest]. Positive: the part helps. Agent alone: pass@1 of its views without the "
+            "evidence's answers, which the last column judges; in the attempts it replaces the vote only where it has "
+            "proved better.\n",
             worth_table(results),
             "The runs themselves, means over seeds [smallest, largest], both splits together; shares in percent.\n",
             absolute_table(results),
@@ -105,8 +109,8 @@ def worth_table(results: Mapping[Job, Result]) -> str:
         if variant != FULL and differences["pass@1"]:
             shown = [difference(values) for values in differences.values()]
             runs = str(len(differences["pass@1"]))
-            rows.append([MEANING[variant], runs, *shown, verdict(differences["pass@1"])])
-    return table(["part", "seeds", *MEASURES, "effect on pass@1"], rows)
+            rows.append([MEANING[variant], runs, *shown, verdict(differences["agent alone"])])
+    return table(["part", "seeds", *MEASURES, "effect on the agent alone"], rows)
 
 
 def absolute_table(results: Mapping[Job, Result]) -> str:
@@ -116,16 +120,16 @@ def absolute_table(results: Mapping[Job, Result]) -> str:
         if runs:
             rows.append([variant, str(len(runs)), *absolute_row(runs)])
     header = (
-        "variant|seeds|pass@1|pass@2|before|vote alone|cells|sizes|accuracy delta|± (paired)|mean reward|queries solved"
+        "variant|seeds|pass@1|pass@2|before|vote alone|agent alone|its cells|its sizes|accuracy delta|± (paired)|"
+        "mean reward|queries solved|by the vote|memory updates|skipped steps|loss finite|seconds"
     )
-    return table([*header.split("|"), "by the vote", "memory updates", "skipped steps", "loss finite", "seconds"], rows)
+    return table(header.split("|"), rows)
 
 
 def absolute_row(runs: Sequence[Result]) -> list[str]:
     pooled = [run.pooled for run in runs]
-    rates = ("pass1", "pass2", "before_pass1", "vote_pass1", "cell_acc", "size_acc")
     return [
-        *(percent([getattr(split, name) for split in pooled]) for name in rates),
+        *(percent([getattr(split, name) for split in pooled]) for name in RATES),
         spread([split.accuracy_delta for split in pooled], "{:+.4f}"),
         spread([split.accuracy_delta_error for split in pooled], "{:.4f}"),
         spread([run.reward for run in runs], "{:+.4f}"),

@@ -74,9 +74,9 @@ def make_text(results: Mapping[Job, Result], args: argparse.Namespace, command: 
         f"{'prepared in each run, from an empty cache' if args.cold else 'taken from the cache where it was there'}; "
         f"{args.val_views} views vote, one in less than {ENOUGH_FOR_VIEWS} s\n"
         f"{provenance(results.values())}",
-        "Means over seeds [smallest, largest]; shares of test pairs in percent, exact match, size predicted. Learned: "
-        "pass@1 − vote alone, in points ± standard error over seeds. Accuracy delta: cells, after − before, with the "
-        "mean of its paired standard errors.\n",
+        "Means over seeds [smallest, largest]; shares of test pairs in percent, exact match, size predicted. Agent "
+        "alone: its views without the evidence's answers. Learned: pass@1 − vote alone, in points ± standard error "
+        "over seeds. Accuracy delta: cells, after − before, with the mean of its paired standard errors.\n",
     ]
     for regime in args.regimes:
         runs = by_row(results, regime, args)
@@ -112,6 +112,7 @@ def regime_table(runs: Rows, regime: str) -> str:
                 str(len(results)),
                 *(percent([getattr(s, name) for s in splits]) for name in ("pass1", "pass2", "before_pass1")),
                 percent([split.vote_pass1 for split in splits]),
+                percent([split.agent_pass1 for split in splits]),
                 difference([split.pass1 - split.vote_pass1 for split in splits]),
                 f"{spread([split.accuracy_delta for split in splits], '{:+.4f}')} ± {errors:.4f}",
                 spread([result.reward for result in results], "{:+.4f}"),
@@ -120,7 +121,9 @@ def regime_table(runs: Rows, regime: str) -> str:
                 spread([result.prepared for result in results], "{:.0f}"),
             ]
         )
-    header = "budget|seeds|pass@1|pass@2|before (pass@1)|vote alone|learned|accuracy delta|mean reward|batches"
+    header = (
+        "budget|seeds|pass@1|pass@2|before (pass@1)|vote alone|agent alone|learned|accuracy delta|mean reward|batches"
+    )
     return table([*header.split("|"), "seconds taken", "tasks prepared"], rows)
 
 

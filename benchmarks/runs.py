@@ -30,7 +30,8 @@ from arc.flags import default_cache  # noqa: E402
 from benchmarks.evidence import processor  # noqa: E402
 
 SCRIPT = ROOT / "trainloop_complete_with_fixes.py"
-RATES = ("pass1", "pass2", "before_pass1", "vote_pass1", "cell_acc", "size_acc")  # of a split, by its pairs
+# Of a split, by its pairs. agent_*: of the agent's views without the evidence's answers.
+RATES = ("pass1", "pass2", "before_pass1", "vote_pass1", "agent_pass1", "agent_cells", "agent_sizes")
 
 
 class RunFailed(Exception):
@@ -68,8 +69,9 @@ class Split:
     pass2: float
     before_pass1: float
     vote_pass1: float
-    cell_acc: float
-    size_acc: float
+    agent_pass1: float
+    agent_cells: float
+    agent_sizes: float
     accuracy_delta: float
     accuracy_delta_error: float
 
