@@ -100,17 +100,19 @@ DEV_SPLITS = ("dev_unseen", "dev_seen")
 OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 # What a resumed run takes from its own command line only: where it runs and how this command behaves.
 OF_THE_COMMAND = {
-    "resume", "output_dir", "eval_only", "device", "threads", "workers", "cache_dir", "time_budget", "strict", "quiet",
+    "resume", "output_dir", "eval_only", "device", "workers", "cache_dir", "time_budget", "strict", "quiet",
     "submission", "report", "backup_dir", "backup_quota_gb", "no_tensorboard",
 }  # fmt: skip
 # What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
 HARMLESS = OF_THE_COMMAND | {
-    "epochs", "data", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit", "refine_steps",
+    "epochs", "data", "unseen", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit",
+    "refine_steps", "threads", "gradient_checkpointing",
 }  # fmt: skip
 # And under --eval_only, where nothing is trained: another machine, another copy of the same Qwen.
 HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
 
 
+DEFAULT_THREADS = torch.get_num_threads()
 CHECKPOINT_FORMAT = 2  # raise it when checkpoints of before can no longer be continued
 
 # The order of --help: what every run needs, then what belongs to the fixes.
@@ -334,30 +336,36 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set
     args, unknown = parser.parse_known_args(list(argv))
     if unknown:
         parser.problems.append(f"unknown: {' '.join(unknown)}")
-    given = {
+    typed = {
         action.dest
         for action in parser._actions
         for option in action.option_strings
         if any(word == option or word.startswith(option + "=") for word in argv)
     }
+    given = set(typed)
     if args.config is not None:
         for name, value in read_config(parser, Path(args.config), resuming=args.resume is not None).items():
-            if name not in given:
+            if name not in typed:
                 setattr(args, name, value)
-                given.add(name)
-    expand(args, given)
+                given |= {name} if value is not None else set()  # null: decided when the model is built
+    expand(args, typed, given)
     parser.problems += conflicts(args)
     if parser.problems:
         parser.report()
     return args, given
 
 
-def expand(args: argparse.Namespace, given: set[str]) -> None:
-    """Flags that stand for others, where those are not given explicitly."""
+def expand(args: argparse.Namespace, typed: set[str], given: set[str]) -> None:
+    """Flags that stand for others, or decide their defaults, where those are not given explicitly. One on the command
+    line (`typed`) is stronger than what a --config says of the others."""
     if args.old:
-        vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in given})
-    if "val_splits" not in given and (args.adapt or args.dev):
+        explicit = typed if "old" in typed else given
+        vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in explicit})
+    if (args.adapt or args.dev) and "val_splits" not in (typed if {"adapt", "dev"} & typed else given):
         args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
+    if {"qwen", "qwen_tune"} & typed and "qwen_lr" not in typed and not args.old:
+        args.qwen_lr = None  # the config's is that of another model
+        given.discard("qwen_lr")
 
 
 def conflicts(args: argparse.Namespace) -> list[str]:
@@ -384,12 +392,10 @@ def conflicts(args: argparse.Namespace) -> list[str]:
             problems.append("--submission needs every task; leave out --val_limit")
     if args.views > args.batch_size:
         problems.append(f"--views {args.views} do not fit in --batch_size {args.batch_size}")
-    if args.no_policy and args.refine_steps > 1:
-        problems.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
     if args.eval_only and not args.resume:
         problems.append("--eval_only needs --resume (latest, best or a checkpoint's path)")
     try:
-        problems += missing_packages(args, resolve_device(args.device))
+        problems += problems_of_all(args)
     except ValueError as error:
         problems.append(str(error))
     for flag in ("output_dir", "cache_dir", "backup_dir"):
@@ -399,10 +405,22 @@ def conflicts(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def problems_of_all(args: argparse.Namespace) -> list[str]:
+    """Problems that flags taken from a checkpoint may bring as well; one line each. ValueError for a device that is
+    not there."""
+    problems = missing_packages(args, resolve_device(args.device))
+    if args.no_policy and args.refine_steps > 1:
+        problems.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
+    if args.dev and args.submission is not None:
+        problems.append("--submission predicts test inputs, which --dev keeps away from")
+    return problems
+
+
 def missing_packages(args: argparse.Namespace, device: torch.device) -> list[str]:
     """What the flags ask of packages that not everyone has, where it cannot be had; one line each."""
     lora = problem_with_peft() if args.qwen_tune == "lora" and 1 not in args.ablate else None
-    eight_bit = problem_with_eight_bit(device) if args.optim_qwen == "adamw8bit" else None
+    trains = not args.eval_only and 1 not in args.ablate
+    eight_bit = problem_with_eight_bit(device) if args.optim_qwen == "adamw8bit" and trains else None
     return [problem for problem in (lora, eight_bit) if problem]
 
 
@@ -591,8 +609,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float, checkpoint:
     belongs to."""
     device = resolve_device(args.device)
     precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or DEFAULT_THREADS)  # an earlier run in this notebook may have changed it
     data = load_dataset(args.data)
     for note in data.notes:
         log(note)
@@ -645,7 +662,7 @@ def build_run(args: argparse.Namespace, log: RunLog, started: float, checkpoint:
     rates = {"agent": args.agent_lr, "policy": args.policy_lr}
     if 1 not in args.ablate:  # FIX 1: Qwen is a group of its own
         groups["qwen"], rates["qwen"] = qwen, args.qwen_lr
-    eight_bit = {"qwen"} if args.optim_qwen == "adamw8bit" else set()
+    eight_bit = {"qwen"} if args.optim_qwen == "adamw8bit" and not args.eval_only else set()
     optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon", eight_bit=eight_bit)
     assert all(map(optimizer.covers, (agent, qwen, policy, memory))), "a trainable parameter is in no group"
     small = qwen.is_tiny or qwen.adapter is not None
@@ -856,10 +873,14 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if (saved := saved_base(checkpoint)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
         raise ValueError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():
-        part.load_state_dict(tree["model"][name])
+        try:
+            part.load_state_dict(tree["model"][name])
+        except (KeyError, RuntimeError) as error:  # other shapes: --eval_only with another --qwen
+            raise ValueError(f"--resume: the checkpoint's {name} does not fit the model that is built here") from error
     if checkpoint.frozen:
         run.qwen.backbone.load_state_dict({name.partition("/")[2]: t for name, t in checkpoint.frozen.items()})
-    run.optimizer.load_state_dict(tree["optim"]["optimizer"])
+    if not run.args.eval_only:  # nothing is trained; the moments may be of a package that is not here
+        run.optimizer.load_state_dict(tree["optim"]["optimizer"])
     if tree["optim"]["scaler"]:  # empty where the loss was not scaled: then a scaler here starts afresh
         run.scaler.load_state_dict(dict(tree["optim"]["scaler"]))
     if run.average is not None:
@@ -1161,17 +1182,21 @@ def predict_batch(run: Run, numbers: Tensor, fetched: PredictionBatch) -> BatchP
 
 def beats_evidence(agent: GridAgent, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
     """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the demonstrations,
-    each answered from the others: more of them exact, or as many and more cells right.
+    each with the evidence of the others: more of them exact, or as many and more cells right. Never for a task with one
+    demonstration, where there are no others.
 
-    The unrefined prompt is judged: the refined one has seen the outputs of some of these demonstrations."""
-    margin = torch.zeros(len(prompt), 2, device=prompt.device)
+    The prompt has read all demonstrations, and on tasks that were trained on the agent has met them, so the comparison
+    leans to the agent; that it gains all the same was measured on the development split. It is the unrefined prompt:
+    the refined one was fitted to some of these outputs."""
+    margin = torch.zeros(len(prompt), 3, device=prompt.device)
     for query in trial:
         answer, vote, target = agent(query, prompt).predicted_grid(query), voted_grid(query), query.target_grid
         wins = exact_match(answer, target).float() - exact_match(vote, target).float()
         cells = cell_accuracy(answer, target) - cell_accuracy(vote, target)
-        margin.index_add_(0, query.owner, torch.stack((wins, cells), 1))
-    wins, cells = margin.unbind(1)
-    return (wins > 0) | ((wins == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
+        margin.index_add_(0, query.owner, torch.stack((wins, cells, torch.ones_like(wins)), 1))
+    wins, cells, count = margin.unbind(1)
+    better = (wins > 0) | ((wins == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
+    return better & (count > 1)
 
 
 def refine_for_test(run: Run, batch: PredictionBatch, prompt: Tensor) -> Tensor:
@@ -1192,8 +1217,9 @@ def validate(run: Run) -> dict[str, SplitReport]:
     return score_splits(run, predict_splits(run, run.splits))
 
 
-def predict_splits(run: Run, splits: Sequence[Split]) -> dict[str, list[PairPrediction]]:
-    """Predict the splits under the averaged weights; write the attempts as JSON into the run's folder."""
+def predict_splits(run: Run, splits: Sequence[Split], *, show: bool = True) -> dict[str, list[PairPrediction]]:
+    """Predict the splits under the averaged weights; write the attempts as JSON into the run's folder, and, if they are
+    to `show`, what the report draws."""
     assert run.log.folder is not None
     was_training = run.agent.training
     for module in run.modules.values():
@@ -1203,7 +1229,8 @@ def predict_splits(run: Run, splits: Sequence[Split]) -> dict[str, list[PairPred
         for split in splits:
             pairs = predicted[split.name] = predict_split(run, split)
             write_submission(run.log.folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
-            keep_predictions(run.log.folder, split.name, pairs, step=run.state.step, log=run.log)
+            if show:
+                keep_predictions(run.log.folder, split.name, pairs, step=run.state.step, log=run.log)
             if run.log.events is not None and split.name in run.args.val_splits:
                 run.log.events.pictures(split.name, run.state.step, pairs)
     for module in run.modules.values():
@@ -1511,44 +1538,60 @@ def progress(run: Run, batches_per_epoch: int) -> float:
     return share
 
 
-# Views that cost what a cross-fitted step does: up to four folds, each two pairs back and forth and one.
-STEP_VIEWS = 14
-EVIDENCE_SECONDS = 0.09  # to prepare one task on one core, measured on the machine that benchmarks/RESULTS.md names
+# What a prediction costs in passes under one view, before and after refinement: a demonstration on which the agent is
+# tried, one that gives feedback (backwards too), and a cross-fitted step: up to four folds, each two pairs back and
+# forth and one. Fitted to validations on the machine that benchmarks/RESULTS.md names, as are the next two.
+TRIAL_VIEWS, FEEDBACK_VIEWS, STEP_VIEWS = 0.2, 0.5, 14
+VIEW_STEPS = 0.5  # a view in training steps of as many cells
+EVIDENCE_SECONDS = 0.09  # to prepare one task on one core
 
 
 def validation_seconds(run: Run) -> float:
-    """What the final validation needs of the time budget, at most half of it. 0 until a speed is measured; looked at
+    """What predicting at the end needs of the time budget, at most half of it. 0 until a speed is measured; looked at
     anew every 20 batches."""
     if not run.seconds_per_cell:
         return 0.0
     if run.state.step % 20 == 0 or not run.validation_estimate:
-        run.validation_estimate = min(expected_validation(run), 0.5 * run.args.time_budget)
+        expected = expected_seconds(run, [task for split in run.splits for task in split.tasks])
+        if run.args.submission:
+            expected += expected_seconds(run, all_tasks(run.data))
+        run.validation_estimate = min(expected, 0.5 * run.args.time_budget)
     return run.validation_estimate
 
 
-def expected_validation(run: Run) -> float:
-    """Seconds that a validation (and a submission after it) will take, by the speed of training: half of a training
-    step for each view, plus the preparation of evidence that is not there yet."""
-    tasks = [task for split in run.splits for task in split.tasks]
-    tasks += all_tasks(run.data) if run.args.submission else []
-    views = run.args.val_views + (STEP_VIEWS * run.args.refine_steps if run.args.refine_steps > 1 else 0)
-    cells = sum(pair.input.size for task in tasks for pair in task.test) * views
+def expected_seconds(run: Run, tasks: Sequence[Task]) -> float:
+    """Seconds that predicting the tasks will take, by the speed of training, with the preparation of evidence that is
+    not there yet."""
+    args = run.args
+    views = args.val_views + (STEP_VIEWS * args.refine_steps if args.refine_steps > 1 else 0)
+    cells = 0.0
+    for task in tasks:
+        demonstrations = [pair.input.size for pair in task.train]
+        cells += views * sum(pair.input.size for pair in task.test) + TRIAL_VIEWS * sum(demonstrations)
+        cells += 0.0 if args.no_policy else FEEDBACK_VIEWS * sum(demonstrations[: args.feedback_pairs])
     missing = sum(not run.store.is_prepared(task) for task in tasks) / max(1, worker_count(run))
-    return 0.5 * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
+    return VIEW_STEPS * cells * run.seconds_per_cell + EVIDENCE_SECONDS * missing
 
 
 def log_expected_time(run: Run, seconds_per_batch: float, count: int) -> None:
     """How long an epoch of `count` batches, a validation and the run will take at the speed of the first batches."""
-    args, epoch, validation = run.args, seconds_per_batch * count, expected_validation(run)
+    args, epoch = run.args, seconds_per_batch * count
+    validation = expected_seconds(run, [task for split in run.splits for task in split.tasks])
+    submission = expected_seconds(run, all_tasks(run.data)) if args.submission else 0.0
     left = args.epochs - run.state.epoch - run.state.batch / count  # epochs
     validations = math.ceil(left / args.val_every) if args.val_every else 1
-    whole = f"{duration(left * epoch + validations * validation)} until epoch {args.epochs} is over"
+    whole = f"{duration(left * epoch + validations * validation + submission)} until epoch {args.epochs} is over"
     if args.time_budget:
         whole += f", if --time_budget {args.time_budget:g} s does not end it before"
     run.log(
         f"[Epoch {run.state.epoch}] Expected time: about {duration(epoch)} an epoch ({count} batches) and "
         f"{duration(validation)} a validation, {whole}"
     )
+    if args.time_budget and validation + submission > 0.5 * args.time_budget:
+        run.log(
+            f"[Epoch {run.state.epoch}] Half of --time_budget is kept for training, so the prediction at the end will "
+            "take longer than the rest; fewer --val_views or a --val_limit make it shorter"
+        )
 
 
 def out_of_time(run: Run) -> bool:
@@ -1777,7 +1820,7 @@ def run_main(argv: Sequence[str] | None) -> int:
             persistence = open_persistence(args, folder, log)
             checkpoint = load_checkpoint(persistence, which)
             adopt_flags(args, given, checkpoint)
-            if problems := missing_packages(args, resolve_device(args.device)):
+            if problems := problems_of_all(args):
                 raise ValueError("; ".join(problems))
         args.output_dir = str(folder)
         with quiet_downloads() if args.quiet else contextlib.nullcontext():
@@ -1803,7 +1846,7 @@ def run_main(argv: Sequence[str] | None) -> int:
     except PersistenceError as problem:  # the last background write failed
         log(f"error: {problem}", error=True)
         return 1
-    if code in (0, 3) and (args.report or not args.eval_only):  # done or stopped by a red flag; not when interrupted
+    if code in (0, 1, 3) and (args.report or not args.eval_only):  # not when interrupted
         try_report(folder, log)
     return code
 
@@ -1850,7 +1893,8 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
         run.log(f"Done: {run.state.step} batches, {run.state.queries} queries in {time.monotonic() - run.started:.1f}s")
         if not run.args.submission:
             return 0
-        return submit(run, predict_splits(run, splits_by_content(all_tasks(run.data), run.trained_on["inputs"])))
+        splits = splits_by_content(all_tasks(run.data), run.trained_on["inputs"])
+        return submit(run, predict_splits(run, splits, show=False))
     except Interrupted as stop:
         code = 128 + int(stop.args[0])
         if run.args.eval_only:  # nothing was trained
@@ -1874,7 +1918,8 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
 def write_config(run: Run) -> None:
     """The resolved flags as config.json, for people and for --config; a resume reads the checkpoint's own copy."""
     path = Path(run.args.output_dir) / "config.json"
-    path.write_text(json.dumps(saved_flags(run.args), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
+    path.write_text(json.dumps(flags, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

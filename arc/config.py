@@ -30,7 +30,7 @@ def read_config(parser: Arguments, file: Path, *, resuming: bool) -> dict[str, A
     if not isinstance(content, dict):
         parser.problems.append(f"--config {file}: is not a JSON object of flags")
         return {}
-    if is_own_record(content, file):
+    if is_a_runs_record(file):
         left_out = OF_ANOTHER_COMMAND if resuming else OF_ANOTHER_COMMAND | {"output_dir"}
         content = {name: value for name, value in content.items() if name not in left_out}
     actions = {action.dest: action for action in parser._actions if action.dest not in OF_THE_PARSER}
@@ -45,10 +45,11 @@ def read_config(parser: Arguments, file: Path, *, resuming: bool) -> dict[str, A
     return values
 
 
-def is_own_record(content: dict[str, Any], file: Path) -> bool:
-    """Whether the file is the config.json of the run whose folder it lies in."""
-    folder = content.get("output_dir")
-    return isinstance(folder, str) and "\0" not in folder and Path(folder).resolve() == file.resolve().parent
+def is_a_runs_record(file: Path) -> bool:
+    """Whether the file lies in a run's folder, or in its backup: beside logs or checkpoints."""
+    beside = file.resolve().parent
+    named = any((beside / name).is_file() for name in ("metrics.jsonl", "train.log"))
+    return named or any(any(beside.glob(f"{kind}-*/manifest.json")) for kind in ("step", "best"))
 
 
 def flag_value(parser: Arguments, action: argparse.Action, value: object) -> Any:

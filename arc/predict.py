@@ -25,7 +25,7 @@ TwoPasses = tuple[QueryBatch, AgentOutput, AgentOutput]
 @dataclass
 class BatchPrediction:
     """What the agent makes of a `PredictionBatch`, and for each of its tasks whether it has earned the first attempt:
-    it did better than the evidence on the task's own demonstrations, each answered from the others."""
+    it did better than the evidence on the task's own demonstrations, each with the evidence of the others."""
 
     passes: list[TwoPasses]
     trusted: list[bool]

@@ -153,8 +153,14 @@ def red_flags(log_file: Path) -> list[tuple[str, int]]:
 
 
 def read_galleries(folder: Path) -> list[Gallery]:
-    """The galleries of a run, by the name of the split. ValueError if one of the files is damaged."""
-    return [read_gallery(path) for path in sorted(folder.glob("gallery-*.json"))]
+    """The galleries of a run: first those of its --val_splits, then others by name. ValueError if one of the files is
+    damaged."""
+    config = folder / "config.json"
+    flags = read_json(config) if config.is_file() else {}
+    validated = flags.get("val_splits", []) if isinstance(flags, dict) else []
+    galleries = [read_gallery(path) for path in sorted(folder.glob("gallery-*.json"))]
+    order = [str(name) for name in validated] if isinstance(validated, list) else []
+    return sorted(galleries, key=lambda g: order.index(g.split) if g.split in order else len(order))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,7 +288,8 @@ def _curves_html(metrics: Metrics) -> str:
     for prefix in _splits(metrics.epochs) or ["val"]:
         shown = [("after", "pass1"), ("after, two attempts", "pass2")]
         shown += [("before", "before_pass1"), ("vote alone", "vote_pass1")]
-        title = f"Accuracy per validation, {_split_name(prefix, metrics.epochs[-1] if metrics.epochs else {})}"
+        named = [row for row in metrics.epochs if "val.split" in row]
+        title = f"Accuracy per validation, {_split_name(prefix, named[-1] if named else {})}"
         figures.append(
             line_chart(title, [Series(label, of_epochs(f"{prefix}.{key}")) for label, key in shown], zero=False)
         )

@@ -114,8 +114,11 @@ def read_result(folder: Path) -> Result | None:
     if not path.is_file():
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
-    splits = {name: Split(**split) for name, split in stored.pop("splits").items()}
-    return Result(splits=splits, **stored)
+    try:
+        splits = {name: Split(**split) for name, split in stored.pop("splits").items()}
+        return Result(splits=splits, **stored)
+    except TypeError:  # of another version of this file, with other figures
+        return None
 
 
 def run(job: Job, work: Path, cache: Path) -> Result:

@@ -156,6 +156,36 @@ def test_a_runs_own_config_repeats_its_settings(
     assert resumed == {**record, "resume": "latest"}
 
 
+def test_a_flag_that_stands_for_others_is_stronger_than_a_runs_config(
+    small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = str(small_run(tmp_path / "run", "--max_batches", "1", "--val_limit", "1").folder / "config.json")
+    old = printed(capsys, "--config", own, "--old", "--agent_lr", "0.02")
+    assert (old["ablate"], old["agent_lr"], old["qwen_lr"]) == ([1, 2, 3, 4, 5, 6, 7], 0.02, 5e-5)
+    assert printed(capsys, "--config", own, "--adapt")["val_splits"] == ["seed", "adapted"]
+    assert printed(capsys, "--config", own, "--dev")["val_splits"] == ["dev_unseen", "dev_seen"]
+    assert strict_json(Path(own).read_text())["qwen_lr"] == 3e-4
+    assert printed(capsys, "--config", own, "--qwen", "auto")["qwen_lr"] is None  # it was the tiny one's
+
+
+def test_what_print_config_prints_can_be_resumed_with(
+    interrupted: Path, file: Path, small_flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--agent_lr", "0.01", "--save_every", "4", "--max_batches", "4", "--val_limit", "1")
+    settings = printed(capsys, *small_flags, *flags)
+    assert settings["qwen_lr"] is None  # decided when the model was built
+    file.write_text(json.dumps(settings))
+    assert main(["--config", str(file), "--output_dir", str(interrupted), "--resume", "--quiet"]) == 0
+
+
+def test_a_moved_run_is_still_told_from_a_list_of_flags(
+    small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tmp_path / "run", "--max_batches", "1", "--val_limit", "1").folder
+    moved = run.rename(tmp_path / "moved")
+    assert printed(capsys, "--config", str(moved / "config.json"), "--seed", "1")["output_dir"] is None
+
+
 @pytest.fixture
 def interrupted(small_flags: tuple[str, ...], tmp_path: Path) -> Path:
     """A run with --agent_lr 0.01 and --save_every 4, stopped after two batches."""
@@ -174,7 +204,8 @@ def test_precedence_on_resume(interrupted: Path, file: Path, capsys: pytest.Capt
     assert everything_below(interrupted) == before
     assert [resolved[name] for name in ("keep", "save_every", "max_batches", "log_every")] == [3, 6, 4, 1]
     assert main([*flags, "--quiet"]) == 0
-    assert {**strict_json((interrupted / "config.json").read_text()), "quiet": False} == resolved
+    record = strict_json((interrupted / "config.json").read_text())
+    assert {**record, "quiet": False, "resume": "latest"} == resolved
 
 
 def test_a_config_that_changes_the_maths_is_refused_by_name(

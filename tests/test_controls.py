@@ -283,6 +283,7 @@ def test_dev_learns_from_nothing_that_it_scores(small_run: SmallRun, data_dir: P
         (("--dev", "--val_splits", "seed"), ("--dev", "--val_splits")),
         (("--val_splits", "dev_seen"), ("--val_splits", "dev_seen")),
         (("--dev", "--adapt"), ("--dev", "--adapt")),
+        (("--dev", "--submission", "s.json"), ("--dev", "--submission")),
     ],
 )
 def test_what_cannot_be_developed_on(

@@ -144,7 +144,7 @@ def test_known_tasks_are_told_by_content(evaluate: Evaluate, trained: Outcome, d
     new = tasks_of(data_dir / "evaluation")
     outcome = evaluate("--data", str(write(tmp_path / "mixed.json", known | new)))
     assert outcome.code == 0, outcome.stderr
-    assert "Data: mixed, new: 2 tasks | known: 6 tasks\n" in outcome.stdout
+    assert " of 2 new tasks, " in outcome.stdout and " of 6 known tasks with " in outcome.stdout
     for words in ("known tasks (the same puzzle, told by its inputs, was trained on): pass@1", "new tasks ("):
         assert words in outcome.stdout
     before = read(trained.folder / "predictions-seed.json")
@@ -201,7 +201,7 @@ def test_submission_of_the_runs_own_data_has_every_task(evaluate: Evaluate, data
     outcome = evaluate("--submission", str(path))
     assert outcome.code == 0, outcome.stderr
     assert list(read(path)) == ["count", "crop", "flip", "random", "recolour", "sort", "turn", "up"]
-    assert "known: 6 tasks" in outcome.stdout and "new: 2 tasks" in outcome.stdout
+    assert " of 6 known tasks" in outcome.stdout and " of 2 new tasks" in outcome.stdout
 
 
 def test_submission_at_the_end_of_training(trained: Outcome, small_run: SmallRun, tmp_path: Path) -> None:
@@ -212,7 +212,10 @@ def test_submission_at_the_end_of_training(trained: Outcome, small_run: SmallRun
     assert len(answers) == 8
     seed = read(trained.folder / "predictions-seed.json")
     assert {name: answers[name] for name in seed} == seed  # the model is the same, and this is the whole split
-    assert outcome.stdout.splitlines()[-1].startswith(f"Submission: {path}, 8 tasks, 15 test inputs, two attempts each")
+    *_, submission, report = outcome.stdout.splitlines()
+    assert submission.startswith(f"Submission: {path}, 8 tasks, 15 test inputs, two attempts each")
+    assert report.startswith("Report: ")
+    assert [file.name for file in outcome.folder.glob("gallery-*")] == ["gallery-seed.json"]  # of the validation
 
 
 def test_an_existing_file_is_replaced_at_once(evaluate: Evaluate, data_dir: Path, tmp_path: Path) -> None:
@@ -275,8 +278,11 @@ def test_a_submission_that_fails_at_the_end(trained: Outcome, small_flags: tuple
     assert len(read(folder / "predictions-known.json")) == 6
 
 
-def test_stopped_while_predicting(trained: Outcome, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_stopped_while_predicting(
+    trained: Outcome, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing was trained, so nothing is saved, and no submission is written."""
+    monkeypatch.setattr("arc.terminal.is_live", lambda: True)  # a bar that is drawn at once, for the wire to see
     folder = shutil.copytree(trained.folder, tmp_path / "run")
     checkpoints = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     before = everything_below(*checkpoints)
@@ -287,6 +293,17 @@ def test_stopped_while_predicting(trained: Outcome, small_flags: tuple[str, ...]
         assert main([*small_flags, *flags]) == 128 + signal.SIGTERM
     assert "Saved" not in out.getvalue() and not path.exists()
     assert everything_below(*checkpoints) == before
+
+
+def test_a_model_of_another_shape_is_refused_in_one_line(evaluate: Evaluate) -> None:
+    refused = evaluate("--prompt_dim", "16")
+    assert refused.code == 2 and "cannot change --prompt_dim 16" in refused.stderr
+    checkpoint = load(refused.folder, "best")
+    checkpoint.state["extra"]["flags"]["prompt_dim"] = 16
+    with ModelPersistence(refused.folder, log=lambda _: None) as persistence:
+        persistence.save(checkpoint.state, step=checkpoint.step + 1, metrics=checkpoint.metrics, wait=True)
+    refused = evaluate("--resume", "latest", "--prompt_dim", "16")
+    assert refused.code == 2 and refused.stderr.count("\n") == 1 and "does not fit the model" in refused.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------------
