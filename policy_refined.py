@@ -32,12 +32,6 @@ class Prediction:
     reverse: Tensor
 
 
-def grid_size(grid: Tensor) -> Tensor:
-    """(B, 2) int64 height and width of (B, 30, 30) grids; (0, 0) for an empty one."""
-    present = grid >= 0
-    return torch.stack((present.any(2).sum(1), present.any(1).sum(1)), dim=-1)
-
-
 def union_cells(a: Tensor, b: Tensor) -> Tensor:
     """(B,) cells of the union of the rectangles of `a` and `b`, both anchored at the top left corner; at least 1."""
     return ((a >= 0) | (b >= 0)).flatten(1).sum(1).clamp(min=1)

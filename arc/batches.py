@@ -147,7 +147,6 @@ class QueryBatch(TensorBundle):
     rule_sizes: Tensor  # (B, R, 2)
     rule_features: Tensor  # (B, R, 2) float32
     rule_logits: Tensor  # (B, R) float32, -inf where a rule does not apply
-    in_size: Tensor  # (B, 2) int64
     out_size: Tensor  # (B, 2) int64
     canvas: Tensor  # (B, 2) int64
     dihedral: Tensor  # (B,) int64
@@ -230,7 +229,6 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
         "rule_sizes": rule_sizes,
         "rule_features": rule_features,
         "rule_logits": rule_logits,
-        "in_size": np.array([query.grid.shape for query in queries], np.int64),
         "out_size": np.array([query.out_size for query in queries], np.int64),
         "canvas": np.array([query.canvas for query in queries], np.int64),
         "dihedral": np.array([query.augmentation.dihedral for query in queries], np.int64),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,9 +73,3 @@ class MemoryBank(nn.Module):
         self.keys[place], self.values[place] = key.float(), value.float()
         self.task[place], self.accuracy[place], self.stored_at[place] = task, accuracy, step
         return True
-
-    def summary(self) -> dict[str, Any]:
-        """Size and mean accuracy of the entries, for the log."""
-        taken = self.task >= 0
-        mean = float(self.accuracy[taken].mean()) if bool(taken.any()) else 0.0
-        return {"size": int(taken.sum()), "accuracy": mean}

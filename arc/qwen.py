@@ -56,8 +56,13 @@ HEADER = "IO\n"
 TINY_VERSION = 1  # changes when the tiny model or its tokenizer changes; part of its folder's name
 TINY_WIDTH = 64
 TINY_SHAPE = {
-    "hidden_size": TINY_WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 32768,
+    "hidden_size": TINY_WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "max_position_embeddings": 32768,
 }
 # At transformers' 0.02 the layers of so narrow a model add little to the residual stream, and different tasks get
 # nearly the same prompt: 28 % of its second moment is variance across tasks, at 0.05 it is 49 %.
@@ -66,8 +71,15 @@ TINY_INITIAL_STD = 0.05
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_SECONDS = 4.0  # how long the hub may take to say anything at all
 _HUB_FILES = [
-    "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
 ]
 _DIGESTS = "digests.json"
 _PROBE_TEXT = "IO\nI\n0123456789\nO\n9\n"
@@ -142,9 +154,21 @@ class QwenPrompt(nn.Module):
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, name: str, origin: str, is_tiny: bool,
-        prompt_len: int, prompt_dim: int, max_context_tokens: int, tune: Tune, gradient_checkpointing: bool,
-        log: Callable[[str], None], base: Base | None = None, lora_rank: int = 16,
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        name: str,
+        origin: str,
+        is_tiny: bool,
+        prompt_len: int,
+        prompt_dim: int,
+        max_context_tokens: int,
+        tune: Tune,
+        gradient_checkpointing: bool,
+        log: Callable[[str], None],
+        base: Base | None = None,
+        lora_rank: int = 16,
     ) -> None:
         super().__init__()
         self.backbone, self.tokenizer, self.name, self.is_tiny, self.tune = backbone, tokenizer, name, is_tiny, tune
@@ -231,8 +255,11 @@ class QwenPrompt(nn.Module):
         content = columns < lengths[:, None, None]  # (B, 1, L + K)
         queries = (columns >= L) & (columns - L <= steps[:, None])  # (K, L + K)
         return self.backbone(
-            inputs_embeds=self.query.expand(len(ids), -1, -1), attention_mask=(content | queries)[:, None],
-            position_ids=lengths[:, None] + steps, past_key_values=read, use_cache=True,
+            inputs_embeds=self.query.expand(len(ids), -1, -1),
+            attention_mask=(content | queries)[:, None],
+            position_ids=lengths[:, None] + steps,
+            past_key_values=read,
+            use_cache=True,
         ).last_hidden_state
 
     def export_files(self) -> dict[str, str]:
@@ -248,9 +275,19 @@ class QwenPrompt(nn.Module):
 
 
 def build_qwen(
-    spec: str, *, device_type: str, prompt_len: int, prompt_dim: int, max_context_tokens: int,
-    tune: Tune = "full", lora_rank: int = 16, gradient_checkpointing: bool = False, cache_dir: Path, seed: int,
-    log: Callable[[str], None] = print, revision: str = "",
+    spec: str,
+    *,
+    device_type: str,
+    prompt_len: int,
+    prompt_dim: int,
+    max_context_tokens: int,
+    tune: Tune = "full",
+    lora_rank: int = 16,
+    gradient_checkpointing: bool = False,
+    cache_dir: Path,
+    seed: int,
+    log: Callable[[str], None] = print,
+    revision: str = "",
 ) -> QwenPrompt:
     """Find, load and wrap the model that --qwen names; on the CPU, in train mode. torch's random state is left alone.
 
@@ -274,9 +311,19 @@ def build_qwen(
         )
     with _seeded(seed):
         return QwenPrompt(
-            backbone, tokenizer, name=source.name, origin=source.origin, is_tiny=source.is_tiny, prompt_len=prompt_len,
-            prompt_dim=prompt_dim, max_context_tokens=max_context_tokens, tune=tune,
-            gradient_checkpointing=gradient_checkpointing, log=log, base=base, lora_rank=lora_rank,
+            backbone,
+            tokenizer,
+            name=source.name,
+            origin=source.origin,
+            is_tiny=source.is_tiny,
+            prompt_len=prompt_len,
+            prompt_dim=prompt_dim,
+            max_context_tokens=max_context_tokens,
+            tune=tune,
+            gradient_checkpointing=gradient_checkpointing,
+            log=log,
+            base=base,
+            lora_rank=lora_rank,
         )
 
 
@@ -440,8 +487,13 @@ def _load_backbone(source: _Source) -> PreTrainedModel:
     try:
         with _quiet():
             model, info = AutoModel.from_pretrained(
-                str(source.folder), dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
-                trust_remote_code=False, local_files_only=True, output_loading_info=True,
+                str(source.folder),
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
             )
     except Exception as error:  # damaged files and foreign configurations fail in many ways
         raise ValueError(f"--qwen {source.name}: the model cannot be loaded ({_one_line(error)})") from error

@@ -178,9 +178,7 @@ def test_voting_and_augmenting_commute(seed: int, size: tuple[int, int], view: A
 
 @settings(max_examples=40)
 @given(st.integers(0, 10**6), SMALL_SIZES, AUGMENTATIONS)
-def test_every_table_says_the_same_about_the_turned_cell(
-    seed: int, size: tuple[int, int], view: Augmentation
-) -> None:
+def test_every_table_says_the_same_about_the_turned_cell(seed: int, size: tuple[int, int], view: Augmentation) -> None:
     evidence = random_evidence(seed, size)
     codes = augment_evidence(evidence, view).codes
     for table in (0, NUM_TABLES - 1):

@@ -72,11 +72,13 @@ def test_without_evidence_the_agent_gets_none(small_build: SmallBuild, data_dir:
 def is_silent(query: QueryBatch) -> bool:
     """Whether nothing in a batch comes from evidence."""
     from_evidence = (query.codes, query.table_stats, query.vote_weight, query.rule_sizes, query.rule_features)
+    present = query.input_grid >= 0
+    in_size = torch.stack((present.any(2).sum(1), present.any(1).sum(1)), dim=-1)  # (B, 2)
     return (
         not any(bool(part.any()) for part in from_evidence)
         and bool(torch.isneginf(query.rule_logits).all())
-        and torch.equal(query.out_size, query.in_size)
-        and torch.equal(query.canvas, query.in_size)
+        and torch.equal(query.out_size, in_size)
+        and torch.equal(query.canvas, in_size)
     )
 
 

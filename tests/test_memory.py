@@ -147,6 +147,5 @@ def test_the_bank_survives_a_checkpoint() -> None:
     for task, accuracy in ((0, 0.5), (1, 0.75)):
         offer(bank, task, accuracy, step=task)
     restored.load_state_dict(bank.state_dict())
-    assert entries(restored) == entries(bank) and restored.summary() == bank.summary() == {"size": 2, "accuracy": 0.625}
+    assert entries(restored) == entries(bank) and len(restored) == 2
     assert torch.equal(read(restored, torch.ones(E), 9), read(bank, torch.ones(E), 9))
-    assert make_bank().summary() == {"size": 0, "accuracy": 0.0}

@@ -31,9 +31,17 @@ K, D = 3, 16
 Pairs = list[tuple[Grid, Grid]]
 Damage = Callable[[Path], object]
 SHAPE: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 260,
-    "intermediate_size": 48, "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": None,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 260,
+    "intermediate_size": 48,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 
 
@@ -396,7 +404,11 @@ def test_of_a_vision_language_model_the_language_model_is_taken(cache: Path, qwe
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     text = SHAPE | {"head_dim": 16, "rope_parameters": rope}
     vision = {
-        "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32,
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
         "deepstack_visual_indexes": [0],
     }
     with arc.qwen._quiet(), torch.random.fork_rng():
