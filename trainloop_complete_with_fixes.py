@@ -1182,20 +1182,21 @@ def predict_batch(run: Run, numbers: Tensor, fetched: PredictionBatch) -> BatchP
 
 def beats_evidence(agent: GridAgent, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
     """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the demonstrations,
-    each with the evidence of the others: more of them exact, or as many and more cells right. Never for a task with one
-    demonstration, where there are no others.
+    each with the evidence of the others: more of them exact; or, where the vote has none exact, more cells right. (They
+    say little of a task that the vote can solve: training mends cells and breaks grids that were right.) Never for a
+    task with one demonstration, where there are no others.
 
     The prompt has read all demonstrations, and on tasks that were trained on the agent has met them, so the comparison
     leans to the agent; that it gains all the same was measured on the development split. It is the unrefined prompt:
     the refined one was fitted to some of these outputs."""
-    margin = torch.zeros(len(prompt), 3, device=prompt.device)
+    totals = torch.zeros(len(prompt), 4, device=prompt.device)
     for query in trial:
         answer, vote, target = agent(query, prompt).predicted_grid(query), voted_grid(query), query.target_grid
-        wins = exact_match(answer, target).float() - exact_match(vote, target).float()
+        exact = exact_match(answer, target).float(), exact_match(vote, target).float()
         cells = cell_accuracy(answer, target) - cell_accuracy(vote, target)
-        margin.index_add_(0, query.owner, torch.stack((wins, cells, torch.ones_like(wins)), 1))
-    wins, cells, count = margin.unbind(1)
-    better = (wins > 0) | ((wins == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
+        totals.index_add_(0, query.owner, torch.stack((*exact, cells, torch.ones_like(cells)), 1))
+    ours, theirs, cells, count = totals.unbind(1)
+    better = (ours > theirs) | ((theirs == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
     return better & (count > 1)
 
 
