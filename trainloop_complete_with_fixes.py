@@ -57,7 +57,7 @@ from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache, in_ipython, own_arguments
+from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache, ipython_shell, own_arguments
 from arc.lora import Adapter, Base, problem_with_peft
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
@@ -1925,5 +1925,5 @@ def write_config(run: Run) -> None:
 
 if __name__ == "__main__":
     exit_code = main()
-    if not in_ipython():  # %run, or this file pasted into a cell: there SystemExit is shown as an error
+    if not ipython_shell() is not None:  # %run, or this file pasted into a cell: there SystemExit is shown as an error
         sys.exit(exit_code)

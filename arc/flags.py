@@ -137,10 +137,10 @@ def default_cache() -> str:
     )
 
 
-def in_ipython() -> bool:
-    """Whether this process is IPython's, as a notebook's kernel is; not whether something has imported IPython."""
+def ipython_shell() -> Any:
+    """The shell whose process this is, as a notebook's kernel is one; None where something merely imported IPython."""
     ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
+    return ipython and ipython.get_ipython()
 
 
 def own_arguments() -> list[str]:
@@ -149,5 +149,5 @@ def own_arguments() -> list[str]:
     There `sys.argv` is the command line of the kernel, whose launcher has many names (Colab's is not ipykernel's). What
     tells a cell is that its `__main__` has no file, while that of `%run script.py --flag` has one.
     """
-    in_cell = in_ipython() and not hasattr(sys.modules["__main__"], "__file__")
+    in_cell = ipython_shell() is not None and not hasattr(sys.modules["__main__"], "__file__")
     return [] if in_cell else sys.argv[1:]

@@ -10,12 +10,14 @@ from typing import Any
 from tqdm import std
 from tqdm.auto import tqdm
 
+from arc.flags import ipython_shell
+
 LINE_SECONDS = 30.0  # between two lines of a bar where nothing can be redrawn
 
 
 def is_live() -> bool:
-    """Whether bars can be redrawn in place: stderr is a terminal, or a notebook's cell."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether bars can be redrawn in place: stderr is a terminal, or a notebook's cell (whose shell has a kernel)."""
+    return sys.stderr.isatty() or hasattr(ipython_shell(), "kernel")
 
 
 class LineBar(std.tqdm):

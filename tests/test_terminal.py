@@ -89,6 +89,8 @@ def test_quiet_bars(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bar_over_an_iterable(capsys: pytest.CaptureFixture[str]) -> None:
+    """In lines, whether or not something has imported a notebook's packages."""
+    pytest.importorskip("ipykernel")
     assert list(RunLog().bar([1, 2, 3], total=3, desc="three")) == [1, 2, 3]
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("three: 100%") and err.count("\n") == 1
