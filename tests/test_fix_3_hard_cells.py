@@ -103,12 +103,26 @@ def test_a_nearly_right_grid_weighs_more_than_a_hopeless_one(small_build: SmallB
     nearly, hopeless = example(PREDICTED, TARGET), example(np.zeros_like(TARGET), TARGET)
 
     def weigh(*flags: str) -> tuple[float, float]:
-        run = small_build(*flags)
-        return float(grid_weights(run, *nearly)), float(grid_weights(run, *hopeless))
+        run, unsolved = small_build(*flags), torch.tensor([False])
+        return float(grid_weights(run, *nearly, unsolved)), float(grid_weights(run, *hopeless, unsolved))
 
     assert weigh("--grid_focus", "2") == pytest.approx(((7 / 9) ** 2, 0))
     assert weigh()[0] > 10 * weigh()[1]
     assert weigh("--ablate", "3") == weigh("--grid_focus", "0") == (1, 1)
+
+
+def test_a_grid_that_the_vote_solves_weighs_more(small_build: SmallBuild) -> None:
+    right = example(TARGET, TARGET)
+
+    def weigh(*flags: str) -> tuple[float, float]:
+        run = small_build(*flags)
+        return float(grid_weights(run, *right, torch.tensor([True]))), float(
+            grid_weights(run, *right, torch.tensor([False]))
+        )
+
+    assert weigh("--keep_solved", "4") == (5, 1)
+    assert weigh() == (11, 1)
+    assert weigh("--ablate", "3") == weigh("--keep_solved", "0") == (1, 1)
 
 
 def test_grid_weights_share_out_the_risk() -> None:
