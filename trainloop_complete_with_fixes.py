@@ -228,7 +228,7 @@ def build_parser() -> Arguments:
     g.add_argument("--prompt_len", type=number(int, 1, 64), default=4, help="K, vectors of a prompt")
     g.add_argument("--prompt_dim", type=number(int, 4, 4096), default=128, help="D, their width")
     g = parser.group("agent")
-    g.add_argument("--agent_lr", type=number(float, 0, above=True), default=1e-3, help="learning rate of the agent")
+    g.add_argument("--agent_lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of the agent")
     g.add_argument("--agent_width", type=number(int, 16, 4096), default=128, help="width of a token")
     g.add_argument("--agent_heads", type=number(int, 1, 64), default=2, help="attention heads")
     g.add_argument("--agent_blocks", type=number(int, 1, 64), default=2, help="blocks with weights of their own")
