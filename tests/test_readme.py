@@ -121,12 +121,14 @@ def test_every_flag_in_the_text_exists() -> None:
     sources = [*ROOT.glob("*.py"), *ROOT.glob("arc/*.py"), *ROOT.glob("benchmarks/*.py")]
     known = set(re.findall(r"--[a-z_]+", "".join(path.read_text(encoding="utf-8") for path in sources)))
     assert set(re.findall(r"(?<![\w-])--[a-z_]+\b", README)) <= known
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.*)", README, re.MULTILINE)
-    }
     for target in re.findall(r"\]\(([^)\s]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        else:
-            assert target.startswith("https://") or (ROOT / target).exists()
+        if not target.startswith("https://"):
+            path, _, heading = target.partition("#")
+            assert not heading or heading in headings((ROOT / (path or "README.md")).read_text(encoding="utf-8"))
+            assert (ROOT / path).exists()
+
+
+def headings(text: str) -> set[str]:
+    """What a link can name in a markdown file."""
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
