@@ -113,7 +113,7 @@ HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
 
 
 DEFAULT_THREADS = torch.get_num_threads()
-CHECKPOINT_FORMAT = 2  # raise it when checkpoints of before can no longer be continued
+CHECKPOINT_FORMAT = 3  # raise it when checkpoints of before can no longer be continued
 
 # The order of --help: what every run needs, then what belongs to the fixes.
 HEADINGS = (
@@ -1934,5 +1934,5 @@ def write_config(run: Run) -> None:
 
 if __name__ == "__main__":
     exit_code = main()
-    if not ipython_shell() is not None:  # %run, or this file pasted into a cell: there SystemExit is shown as an error
+    if ipython_shell() is None:  # else %run, or this file pasted into a cell: there SystemExit is shown as an error
         sys.exit(exit_code)

@@ -242,6 +242,11 @@ def test_arguments_of_the_kernel_are_not_ours(launcher: str, kernel: Kernel) -> 
     assert (reply.error, reply.result) == ("", "True")
 
 
+def test_bars_in_a_cell_are_redrawn(kernel: Kernel) -> None:
+    reply = kernel("from arc.terminal import is_live\nis_live()")
+    assert (reply.error, reply.result) == ("", "True")
+
+
 def test_the_script_as_a_cell(kernel: Kernel, tmp_path: Path) -> None:
     """Pasted, there is no `__file__`, `__name__` is "__main__" and main is called at once: without arguments, here on
     the only flags that a cell cannot give it."""
