@@ -17,7 +17,7 @@ from arc.agent import AgentOutput
 from arc.batches import Query, QueryBatch, collate_queries
 from arc.efe import risk
 from arc.tasks import Augmentation
-from trainloop_complete_with_fixes import cell_weights, grid_weights, hard_cell_mask
+from trainloop_complete_with_fixes import Run, cell_weights, grid_weights, hard_cell_mask
 
 # The seed's worked example: two of nine cells are wrong.
 TARGET = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
@@ -99,12 +99,16 @@ def test_weights_of_any_cells(cells: list[tuple[int, int]], floor: float) -> Non
     assert float(ratio) == pytest.approx(int(wrong.sum()) / max(1, int(wanted.sum())))
 
 
+def weight(run: Run, example: tuple[AgentOutput, QueryBatch], *, vote_right: bool = False) -> float:
+    return float(grid_weights(run, *example, torch.tensor([vote_right])))
+
+
 def test_a_nearly_right_grid_weighs_more_than_a_hopeless_one(small_build: SmallBuild) -> None:
     nearly, hopeless = example(PREDICTED, TARGET), example(np.zeros_like(TARGET), TARGET)
 
     def weigh(*flags: str) -> tuple[float, float]:
-        run, unsolved = small_build(*flags), torch.tensor([False])
-        return float(grid_weights(run, *nearly, unsolved)), float(grid_weights(run, *hopeless, unsolved))
+        run = small_build(*flags)
+        return weight(run, nearly), weight(run, hopeless)
 
     assert weigh("--grid_focus", "2") == pytest.approx(((7 / 9) ** 2, 0))
     assert weigh()[0] > 10 * weigh()[1]
@@ -116,9 +120,7 @@ def test_a_grid_that_the_vote_solves_weighs_more(small_build: SmallBuild) -> Non
 
     def weigh(*flags: str) -> tuple[float, float]:
         run = small_build(*flags)
-        return float(grid_weights(run, *right, torch.tensor([True]))), float(
-            grid_weights(run, *right, torch.tensor([False]))
-        )
+        return weight(run, right, vote_right=True), weight(run, right)
 
     assert weigh("--keep_solved", "4") == (5, 1)
     assert weigh() == (11, 1)

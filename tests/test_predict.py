@@ -89,10 +89,11 @@ class Corrector(torch.nn.Module):
     """Stands before the agent and changes its answers on some tasks: to the target (`right`), to the target but for one
     cell (`near`), to what is wrong in every cell (`wrong`)."""
 
-    def __init__(self, agent: torch.nn.Module, right: list[str], near: list[str], wrong: list[str]) -> None:
+    def __init__(
+        self, agent: torch.nn.Module, names: list[str], right: list[str], near: list[str], wrong: list[str]
+    ) -> None:
         super().__init__()
-        self.agent, self.right, self.near, self.wrong = agent, right, near, wrong
-        self.names: list[str] = []
+        self.agent, self.names, self.right, self.near, self.wrong = agent, names, right, near, wrong
 
     def forward(self, query: QueryBatch, prompt: torch.Tensor) -> object:
         output = self.agent(query, prompt)
@@ -117,8 +118,7 @@ def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBui
     assert sum(len(query) for query in batch.trial) == sum(len(task.train) for task in run.training)
 
     def trusted(right: list[str], near: list[str], wrong: list[str]) -> set[str]:
-        corrector: Any = Corrector(run.agent, right, near, wrong)
-        corrector.names = names
+        corrector: Any = Corrector(run.agent, names, right, near, wrong)
         judged = beats_evidence(corrector, prompt, batch.trial).tolist()
         return {name for name, better in zip(names, judged, strict=True) if better}
 
@@ -128,8 +128,7 @@ def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBui
         assert trusted(["count", "crop"], [], ["sort", "flip"]) == {"count"}
         assert trusted([], ["sort", "crop", "flip"], []) == {"sort"}  # nearly right beats a vote with none right
         one = [query.rows(torch.tensor([0])) for query in batch.trial]  # a demonstration of some tasks, and no more
-        corrector: Any = Corrector(run.agent, names, [], [])
-        corrector.names = names
+        corrector: Any = Corrector(run.agent, names, names, [], [])
         assert not beats_evidence(corrector, prompt, one).any()
 
 

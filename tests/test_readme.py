@@ -124,8 +124,9 @@ def test_every_flag_in_the_text_exists() -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", README):
         if not target.startswith("https://"):
             path, _, heading = target.partition("#")
-            assert not heading or heading in headings((ROOT / (path or "README.md")).read_text(encoding="utf-8"))
-            assert (ROOT / path).exists()
+            file = ROOT / (path or "README.md")
+            assert file.exists()
+            assert not heading or heading in headings(file.read_text(encoding="utf-8"))
 
 
 def headings(text: str) -> set[str]:
