@@ -33,7 +33,7 @@ from arc.sizes import ALL_WEIGHT, FRACTION_WEIGHT, NUM_RULES, SIZE_RULES, Demo, 
 from arc.sources import NUM_SOURCES, SOURCES, Source, source_values
 from arc.tables import NUM_COLOUR_TABLES, NUM_PROGRAM_TABLES, NUM_SOURCE_TABLES, NUM_TABLES, TABLES, Table
 
-_REVISION = 2  # raise it when the meaning of a plane, anchor, source, rule or of the stored format changes
+_REVISION = 3  # raise it when the meaning of a plane, anchor, source, rule or of the stored format changes
 
 
 def _version() -> str:
@@ -157,6 +157,8 @@ class TaskEvidence:
     def _plan(self, held_out: int | None, test: int | None, without: int | None) -> tuple[int, tuple[int, ...]]:
         """(index of the query's input grid, demonstrations that must not be used)."""
         out = tuple(sorted({i for i in (held_out, without) if i is not None}))
+        if test is not None and not 0 <= test < len(self.canvas.grids) - self.n:
+            raise ValueError(f"query: no test input {test}, the task has {len(self.canvas.grids) - self.n}")
         if any(not 0 <= i < self.n for i in out):
             raise ValueError(f"query: no demonstration {out}, the task has {self.n}")
         return (held_out if held_out is not None else self.n + (test or 0)), out
@@ -205,9 +207,9 @@ class TaskEvidence:
         self.colour_id = self.context[tables] + offset[:-1, None]
         flat = (self.colour_id[:, self.demo_cells] * self.n + self.pair) * 10 + self.truth
         counts = np.bincount(flat.reshape(-1), minlength=int(offset[-1]) * self.n * 10)
-        counts = counts.reshape(-1, self.n, 10).astype(np.int16)
+        counts = counts.reshape(-1, self.n, 10).astype(np.int16)  # one demonstration has at most 900 cells
         counts[offset[:-1]] = 0
-        self.colour_counts = counts
+        self.colour_counts, self.colour_total = counts, counts.sum(1, dtype=np.int32)
 
     def _count_sources(self) -> None:
         """Sightings (contexts, n) and hits of each source (contexts, n, S) over all source tables."""
@@ -233,17 +235,18 @@ class TaskEvidence:
                 hits[key[starts]] = np.add.reduceat(hit[cells], starts, axis=0, dtype=np.int16)
         seen[offset[:-1]] = 0
         self.source_seen, self.source_hits = seen, hits.reshape(-1, self.n, len(self.values))
+        self.seen_total, self.hits_total = seen.sum(1, dtype=np.int32), self.source_hits.sum(1, dtype=np.int32)
 
     def _lookup(self, out: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Without demonstrations `out`: code of each colour context, best source and class of each source context."""
         if out not in self._lookups:
-            used = [j for j in range(self.n) if j not in out]
-            colours = self.colour_counts[:, used].sum(1, dtype=np.int16)  # (contexts, 10)
+            left = list(out)  # at most three: less to subtract than the others would be to add up
+            colours = self.colour_total - self.colour_counts[:, left].sum(1, dtype=np.int32)  # (contexts, 10)
             code = colours.argmax(1) + 10 * _classes(colours.max(1), colours.sum(1))
-            hits = self.source_hits[:, used].sum(1, dtype=np.int16)  # (contexts, S)
+            hits = self.hits_total - self.source_hits[:, left].sum(1, dtype=np.int32)  # (contexts, S)
             best = hits.argmax(1)
             most = np.take_along_axis(hits, best[:, None], axis=1)[:, 0]
-            classes = _classes(most, self.source_seen[:, used].sum(1))
+            classes = _classes(most, self.seen_total - self.source_seen[:, left].sum(1, dtype=np.int32))
             self._lookups[out] = code.astype(np.uint8), best, classes.astype(np.uint8)
         return self._lookups[out]
 

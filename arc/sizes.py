@@ -142,9 +142,9 @@ def _count(counter: Callable[[View], int], shape: Callable[[int], Size]) -> Size
 
 
 def lines(grid: np.ndarray) -> tuple[list[int], list[int], int | None]:
-    """Rows and columns that are one single foreground colour from side to side, and that colour.
+    """Rows and columns that are of one single colour from side to side, and that colour.
 
-    The colour is the one with the most such lines (ties: the smaller), 0 not counted unless nothing else has any.
+    The colour is the one with the most such lines (ties: the smaller); the grid's commonest colour does not count.
     """
     flat_rows = [int(row[0]) if (row == row[0]).all() else -1 for row in grid]
     flat_cols = [int(col[0]) if (col == col[0]).all() else -1 for col in grid.T]
@@ -235,7 +235,7 @@ def _mixed(view: View, demos: Sequence[Demo]) -> Size | None:
         ratio = _all_equal([b / a for a, b in pairs])
         value = constant if constant is not None else side + delta if delta is not None else None
         value = side * ratio if value is None and ratio is not None else value
-        if value is None or value != round(value):
+        if value is None or abs(value - round(value)) > 1e-9:  # 21 * (9 / 7) is not quite 27
             return None
         sides.append(round(value))
     return sides[0], sides[1]

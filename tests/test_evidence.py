@@ -180,11 +180,28 @@ def test_nothing_left_to_learn_from() -> None:
         assert not answer.codes.any() and not answer.table_stats.any()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"held_out": 0, "test": 0}, {"held_out": 5}, {"held_out": 0, "without": 9}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"held_out": 0, "test": 0}, {"held_out": 5}, {"held_out": 0, "without": 9}, {"test": 1}, {"test": -1}],
+)
 def test_a_query_that_makes_no_sense_is_refused(arguments: dict[str, int]) -> None:
     pairs, tests = random_task(1, 2)
     with pytest.raises(ValueError, match="^query: "):
         TaskEvidence(pairs, tests).query(**arguments)
+
+
+def test_many_demonstrations_are_counted_right() -> None:
+    blank = np.zeros((30, 30), np.uint8)
+    answer = TaskEvidence([Pair(blank, blank)] * 37, [blank]).query(test=0)  # one context, seen 33,300 times
+    few = TaskEvidence([Pair(blank, blank)] * 3, [blank]).query(test=0)
+    assert np.array_equal(answer.codes, few.codes)
+
+
+def test_a_ratio_of_sides_need_not_be_a_round_number() -> None:
+    pairs = [Pair(np.zeros(a, np.uint8), np.zeros(b, np.uint8)) for a, b in (((5, 7), (3, 9)), ((5, 14), (3, 18)))]
+    answer = TaskEvidence(pairs, [np.zeros((5, 21), np.uint8)]).query(test=0)
+    mixed = [rule.name for rule in SIZE_RULES].index("mixed")
+    assert tuple(answer.rule_sizes[mixed]) == (3, 27)
 
 
 def test_the_same_task_twice_gives_the_same_bits() -> None:
