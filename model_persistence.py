@@ -1715,6 +1715,8 @@ class ModelPersistence:
             return self._load_path(Path(which))
         tried = self._try_all(str(which))
         if isinstance(tried, Checkpoint):
+            if self._mirror is not None:
+                self._mirror.request()  # a backup that was only named now: nothing may be saved any more
             return tried
         if not self.read_only and self._restore():
             restored = self._try_all(str(which))
@@ -1853,11 +1855,14 @@ class ModelPersistence:
         tensors = sum(_image(group).size for group in encoded.tensors.values())
         return tensors + len(_seal({"tree": encoded.tree, "aliases": encoded.aliases}))
 
-    def space_warning(self, state: Mapping[str, Any], frozen: Mapping[str, torch.Tensor] | None = None) -> str | None:
+    def space_warning(
+        self, state: Mapping[str, Any], frozen: Mapping[str, torch.Tensor] | None = None, *, growth: int = 0
+    ) -> str | None:
         """One line if what this run will keep does not fit on the disk, else None. Counted: `keep` checkpoints, two
-        best ones that rotation has left behind, and one more while it is written; the frozen tensors once."""
-        one = self.estimate_bytes(state)
-        once = self.estimate_bytes(state, frozen) - one
+        best ones that rotation has left behind, and one more while it is written; the frozen tensors once. growth:
+        bytes by which `state` is going to grow (the moments of an optimizer that has made no step yet)."""
+        one = self.estimate_bytes(state) + growth
+        once = self.estimate_bytes(state, frozen) + growth - one
         need = one * (self.keep + len(BEST_METRICS) + 1) + once
         have = sum(entry.own_bytes for entry in _scan(self.output_dir)[0])  # will be rotated out
         free = shutil.disk_usage(self.output_dir).free + have
@@ -1866,8 +1871,8 @@ class ModelPersistence:
         fits = (free - once) // one - len(BEST_METRICS) - 1
         advice = f"use --keep {fits}" if fits >= 1 else "free some space or choose another folder"
         return (
-            f"WARNING: {self.keep} checkpoints of {one / 1e9:.2f} GB, the two best and one in the making need "
-            f"{need / 1e9:.1f} GB, {self.output_dir} has {free / 1e9:.1f} GB: {advice}"
+            f"WARNING: {self.keep} checkpoints of {_human(one)}, the two best and one in the making need "
+            f"{_human(need)}, {self.output_dir} has {_human(free)}: {advice}"
         )
 
     # -- small things -------------------------------------------------------------------------------------------------
@@ -2160,6 +2165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         infos = ModelPersistence(args.run, read_only=True).inspect()
         if args.command == "verify":
             return _verify(infos)
+        if not infos:
+            print(f"{args.run} holds no checkpoint", file=sys.stderr)
+            return 1
         _print_inspection(infos)
         return 0
     except ValueError as error:

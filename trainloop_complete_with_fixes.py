@@ -57,7 +57,16 @@ from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.flags import Arguments, Number, cannot_write, cannot_write_file, default_cache, ipython_shell, own_arguments
+from arc.flags import (
+    Arguments,
+    Number,
+    cannot_look,
+    cannot_write,
+    cannot_write_file,
+    default_cache,
+    ipython_shell,
+    own_arguments,
+)
 from arc.lora import Adapter, Base, problem_with_peft
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
@@ -68,7 +77,7 @@ from arc.report import keep_predictions, try_report
 from arc.runlog import RunLog
 from arc.splits import LABELS, NEW, Split, adapted_tasks, input_digests, splits_by_content, training_fingerprint
 from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
-from arc.terminal import Pace, duration
+from arc.terminal import Pace, duration, write_line
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
 from policy_refined import (
     Feedback,
@@ -333,10 +342,9 @@ def build_parser() -> Arguments:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """Parse and check flags; all problems in one line and exit code 2. Returns also the flags given explicitly, on the
     command line or by --config."""
-    if argv is None:
-        argv = own_arguments()
+    argv = own_arguments() if argv is None else [str(argument) for argument in argv]  # numbers too, from a cell
     parser = build_parser()
-    args, unknown = parser.parse_known_args(list(argv))
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.problems.append(f"unknown: {' '.join(unknown)}")
     typed = {
@@ -532,7 +540,7 @@ class RedFlag(RuntimeError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; args[0] is the signal's number."""
+    """SIGINT, SIGTERM or SIGHUP arrived; args[0] is the signal's number."""
 
 
 @dataclass
@@ -1148,6 +1156,8 @@ def start_worker(_: int) -> None:
     """Ctrl-C is for the main process, which saves first; a worker is ended by it afterwards."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):  # not on Windows; a terminal that closes sends it to every process, as Ctrl-C does
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def predict_split(run: Run, split: Split) -> list[PairPrediction]:
@@ -1237,7 +1247,7 @@ def predict_splits(run: Run, splits: Sequence[Split], *, show: bool = True) -> d
     with run.average.applied() if run.average else contextlib.nullcontext():
         for split in splits:
             pairs = predicted[split.name] = predict_split(run, split)
-            write_submission(run.log.folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
+            keep_attempts(run, split, pairs)
             if show:
                 keep_predictions(run.log.folder, split.name, pairs, step=run.state.step, log=run.log)
             if run.log.events is not None and split.name in run.args.val_splits:
@@ -1245,6 +1255,15 @@ def predict_splits(run: Run, splits: Sequence[Split], *, show: bool = True) -> d
     for module in run.modules.values():
         module.train(was_training)
     return predicted
+
+
+def keep_attempts(run: Run, split: Split, pairs: Sequence[PairPrediction]) -> None:
+    """Write a split's attempts into the run's folder; say so and go on where that is not possible."""
+    assert run.log.folder is not None
+    try:
+        write_submission(run.log.folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
+    except (ValueError, OSError) as problem:
+        run.log(f"Predictions of the {split.name} split are not written: {problem}")
 
 
 def score_splits(run: Run, predicted: Mapping[str, Sequence[PairPrediction]]) -> dict[str, SplitReport]:
@@ -1379,14 +1398,12 @@ def train(run: Run) -> None:
             log_summary(run)
         else:
             in_time = True
-        if (
-            not in_time
-            or state.epoch + 1 == args.epochs
-            or (args.val_every and (state.epoch + 1) % args.val_every == 0)
-        ):
+        spent = not in_time
+        if spent or state.epoch + 1 == args.epochs or (args.val_every and (state.epoch + 1) % args.val_every == 0):
             if in_time:
                 save_checkpoint(run)  # a validation may take minutes; what was trained is safe by then
             log_validation(run, state.epoch, validate(run))
+            spent = spent or out_of_time(run)  # it was the last validation that there was time for
         else:
             run.log.metrics({"step": state.step, "epoch": state.epoch, **memory_row(run)})
         run.log(f"[Epoch {state.epoch}] Time: {time.monotonic() - started:.2f}s")
@@ -1395,8 +1412,14 @@ def train(run: Run) -> None:
             state.epoch, state.batch, state.trained, state.sums = state.epoch + 1, 0, False, {}
             state.memory_updates = state.memory_offers = 0
         save_checkpoint(run)
-        if not in_time:
+        if spent:
             break
+
+
+def window_size(grad_accum: int, first: int, count: int) -> int:
+    """Batches whose gradients one optimizer step sums up, from batch `first` of an epoch of `count` on: fewer at its
+    end."""
+    return min(grad_accum, count - first)
 
 
 def size_weight(run: Run) -> float:
@@ -1419,7 +1442,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             batch: TrainBatch = fetched.to(run.device)
             preparing.update(count_prepared(run, batch))
             noise = policy_noise(run, args.policy_samples, len(batch.task), done)
-            rates = run.optimizer.set_rates(learning_rate_factor(state.step, progress(run, count)))
+            step = state.updates + state.skipped_steps
+            rates = run.optimizer.set_rates(learning_rate_factor(step, progress(run, count)))
             with run.autocast():  # FIX 7
                 prompt, embedding = read_prompt(run, batch)  # FIX 1: gradient flows into Qwen, no cache, no no_grad
                 first = agent(batch.query, prompt)
@@ -1447,7 +1471,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 reward_objective = expected_reward(*soft, query.target_grid).mean()
             loss = efe["total"] if run.ablated(2) else goal_oriented_loss(efe["total"], reward_objective)  # FIX 2
 
-            run.scaler.scale(loss / args.grad_accum).backward()  # FIX 7
+            run.scaler.scale(loss / window_size(args.grad_accum, state.batch, count)).backward()  # FIX 7
             solved = mean_per_owner(exact_match(pred_after.grid, query.target_grid), query.owner, len(batch.task))
             offers = 0 if args.no_memory else len(batch.task)
             stored = remember(run, batch, embedding, refined, solved) if offers else 0  # FIX 5
@@ -1466,7 +1490,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 "stored": stored,
                 "offers": offers,
                 "queries": len(batch.query),
-                "prompt_spread": prompt_spread(prompt.detach()),
+                "prompt_spread": prompt_spread(prompt.detach(), batch.context_ids),
                 **padding(batch),
                 **{f"lr.{name}": rate for name, rate in rates.items()},
             }
@@ -1486,12 +1510,13 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 took = (time.monotonic() - began) / len(pending)
                 for row in pending:  # a batch counts when its optimizer step is done
                     record_batch(run, row, monitored["norm"], norms, took)
-                pending.clear()
+                window, pending = pending, []
                 bar.update(done - bar.n)
                 bar.set_postfix_str(f"{row['queries'] / took:.0f} samples/s, loss {row['loss']:.3f}", refresh=False)
                 if (seconds := run.pace.measure(state.step)) is not None:
                     log_expected_time(run, seconds, count)
-                check_red_flags(run, row)
+                for row in window:
+                    check_red_flags(run, row)
                 if state.step // args.save_every > last_saved // args.save_every:
                     save_checkpoint(run)
                     last_saved = state.step
@@ -1509,9 +1534,10 @@ def cells_right(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prompt_spread(prompt: Tensor) -> float:
-    """Standard deviation across tasks relative to the root mean square; near 0: all tasks get the same prompt."""
-    if len(prompt) < 2:
+def prompt_spread(prompt: Tensor, context_ids: Tensor) -> float:
+    """Standard deviation of prompt (G, K, D) across tasks relative to the root mean square; near 0: all tasks get the
+    same prompt. 1.0 where all contexts (G, S) are the same, as those of tasks with a single demonstration are."""
+    if len(context_ids.unique(dim=0)) < 2:
         return 1.0
     flat = prompt.float().flatten(1)
     return float(flat.std(0).square().mean().sqrt() / (flat.square().mean().sqrt() + 1e-12))
@@ -1623,6 +1649,8 @@ def record_batch(run: Run, row: dict[str, Any], qwen_grad: float, norms: Mapping
     for key, value in summed.items():
         if math.isfinite(value):
             state.sums[key] = state.sums.get(key, 0.0) + value
+        else:  # left out of the mean, which is over the others
+            state.sums[f"{key}.missing"] = state.sums.get(f"{key}.missing", 0.0) + 1
     speed = took / max(1, row["cells_processed"])
     run.seconds_per_cell = speed if not run.seconds_per_cell else 0.95 * run.seconds_per_cell + 0.05 * speed
     row |= {"qwen_grad": qwen_grad, "agent_grad": norms["agent"], "policy_grad": norms["policy"]}
@@ -1654,7 +1682,7 @@ def log_summary(run: Run) -> None:
     """The seed's block at the end of an epoch's training, then what else is worth knowing."""
     state = run.state
     count = max(1.0, state.sums.get("batches", 0.0))
-    mean = {key: value / count for key, value in state.sums.items()}
+    mean = {key: value / max(1.0, count - state.sums.get(f"{key}.missing", 0.0)) for key, value in state.sums.items()}
     real = state.sums.get("cells", 0.0) / max(1.0, state.sums.get("cells_processed", 1.0))
     title = summary_title(run.args)
     rule = "=" * 70
@@ -1728,7 +1756,8 @@ def describe(run: Run) -> None:
     args = run.args
     episodes = sum(len(task.train) for task in run.training)
     tree, frozen = checkpoint_tree(run), frozen_parts(run)
-    size = ModelPersistence.estimate_bytes(tree) / 2**20
+    growth = run.optimizer.bytes_to_come()
+    size = (ModelPersistence.estimate_bytes(tree) + growth) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
     trained = f"{len(run.training)} training tasks, {episodes} episodes x {args.views} views"
     validated = ", ".join(
@@ -1743,11 +1772,13 @@ def describe(run: Run) -> None:
         f"{args.agent_passes} passes, width {args.agent_width} | learning rates: {rates}",
         f"Data: {run.data.name}" + (f", {trained}" if run.training else ""),
         f"Validation: {validated} with {args.val_views} views each",
-        f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all",
+        f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all"
+        if not args.eval_only
+        else "Checkpoint: only read",
         f"Folder: {args.output_dir}" + (", with TensorBoard's events in it" if run.log.events is not None else ""),
     ]
     run.log("\n".join(lines))
-    if run.persistence is not None and (warning := run.persistence.space_warning(tree, frozen)):
+    if run.persistence is not None and (warning := run.persistence.space_warning(tree, frozen, growth=growth)):
         run.log(warning)
 
 
@@ -1761,6 +1792,8 @@ def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
             )
         return folder, None
     which: str = args.resume
+    if which not in ("latest", "best") and (problem := cannot_look(Path(which))):
+        raise ValueError(f"--resume: {problem}")
     if which in ("latest", "best"):
         found = Path(args.output_dir) if args.output_dir else find_newest_run("runs")
         if found is None and args.backup_dir and (mirrored := find_newest_run(args.backup_dir)):
@@ -1776,12 +1809,18 @@ def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
         if args.output_dir and Path(args.output_dir).resolve() != found.resolve():
             raise ValueError(f"--resume: {found} is not a checkpoint, and --output_dir names another folder")
     if not args.backup_dir and not any([*found.glob("step-*"), *found.glob("best-*")]):
+        if which not in ("latest", "best"):
+            raise ValueError(f"--resume: {which} is not a checkpoint of the run in --output_dir {found}")
         raise ValueError(f"--resume: no checkpoint in {found}")
     return found, which
 
 
 def install_signal_handlers(run: Run) -> Callable[[], None]:
-    """SIGINT and SIGTERM: finish the optimizer step, save, leave. A second one ends at once. Returns the undo."""
+    """SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup): finish the optimizer step, save, leave. A
+    second one ends at once. Returns the undo."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def handle(number: int, _: Any) -> None:
         if run.stop_signal:
@@ -1790,7 +1829,7 @@ def install_signal_handlers(run: Run) -> Callable[[], None]:
         run.log(f"{signal.Signals(number).name}: saving and leaving after this step (again to leave at once)")
 
     try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not in the main thread, as in some notebook front ends: the caller's handling stays
         previous = {}
 
@@ -1869,7 +1908,7 @@ def print_config(args: argparse.Namespace, given: set[str]) -> int:
         with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
             adopt_flags(args, given, load_checkpoint(persistence, which))
         args.output_dir = str(folder)
-    print(json.dumps(saved_flags(args), indent=2, allow_nan=False))
+    write_line(json.dumps(saved_flags(args), indent=2, allow_nan=False))
     return 0
 
 
@@ -1894,7 +1933,7 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     try:
         if run.args.eval_only:
             predicted = predict_splits(run, run.splits)
-            log_validation(run, run.state.epoch, score_splits(run, predicted))
+            log_validation(run, epoch_of_weights(run.state), score_splits(run, predicted))
             return submit(run, predicted) if run.args.submission else 0
         write_config(run)
         train(run)
@@ -1923,6 +1962,11 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
         return 1
     run.log(f"Saved at epoch {run.state.epoch}, batch {run.state.batch}; continue with --resume")
     return code
+
+
+def epoch_of_weights(state: TrainState) -> int:
+    """The epoch that was trained last; between two epochs the state is at the beginning of the next."""
+    return max(0, state.epoch - (state.batch == 0 and not state.trained))
 
 
 def write_config(run: Run) -> None:

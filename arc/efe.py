@@ -42,7 +42,7 @@ def weighted_cross_entropy(
     per_grid = (loss.view_as(weight) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
     if grid_weight is None:
         return per_grid.mean()
-    return (per_grid * grid_weight).sum() / grid_weight.sum().clamp(min=1e-3)
+    return (per_grid * grid_weight).sum() / grid_weight.sum().clamp(min=1e-30)
 
 
 def risk(

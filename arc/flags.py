@@ -108,12 +108,26 @@ class Arguments(argparse.ArgumentParser):
 def cannot_write(folder: Path) -> str | None:
     """Why nothing could be written below `folder`, or None; creates nothing."""
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+    except (OSError, ValueError) as error:  # too long a name, a NUL in it
+        return f"{str(folder)[:60]!r}: {getattr(error, 'strerror', None) or error}"
     if not place.is_dir():
         return f"{place} is a file, not a folder"
     if not os.access(place, os.W_OK | os.X_OK):
         return f"no permission to write in {place}"
+    return None
+
+
+def cannot_look(path: Path) -> str | None:
+    """Why it cannot even be told whether `path` is there (too long a name, a NUL in it, no permission), or None."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
     return None
 
 

@@ -97,6 +97,18 @@ class JointOptimizer:
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         return {group["name"]: group["base_lr"] for group in groups}
 
+    def bytes_to_come(self) -> int:
+        """Bytes of the moments that the first step will add to the state: two fp32 numbers a parameter, Muon one, two
+        bytes under adamw8bit. 0 once they are there."""
+        each = {"adamw": 8, "muon": 4, "adamw8bit": 2}
+        return sum(
+            each[name] * parameter.numel()
+            for name, optimizer in self.optimizers.items()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter not in optimizer.state
+        )
+
     def zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)

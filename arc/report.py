@@ -142,8 +142,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _number(value: Any) -> float | None:
     """The value if it is a finite number."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def red_flags(log_file: Path) -> list[tuple[str, int]]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from arc import events
-from arc.terminal import is_live, progress_bar
+from arc.terminal import progress_bar, write_line
 
 
 class RunLog:
@@ -40,7 +37,9 @@ class RunLog:
         self.early.clear()
         kept = self._keep_metrics(rows)
         if rows is not None:
-            self.rows = rows
+            self.rows = len(kept)
+            if len(kept) < rows:
+                self(f"metrics.jsonl has {len(kept)} rows, the checkpoint was made after {rows}: the others are lost")
         if self.tensorboard and events.installed():
             self.events = events.open_events(folder / "tensorboard", [json.loads(line) for line in kept], self)
 
@@ -55,16 +54,14 @@ class RunLog:
 
     def __call__(self, line: str = "", *, error: bool = False) -> None:
         """Log one line (or several, separated by newlines)."""
-        if error or not self.quiet:
-            stream = sys.stderr if error else sys.stdout
-            if is_live():
-                tqdm.write(line, file=stream)  # around bars that are redrawn in place
+        lines = [line]
+        if (error or not self.quiet) and not write_line(line, error=error):
+            lines.append(f"{'stderr' if error else 'stdout'} cannot be written any more; going on with train.log alone")
+        for each in lines:
+            if self.folder is None:
+                self.early.append(each)
             else:
-                print(line, file=stream, flush=True)
-        if self.folder is None:
-            self.early.append(line)
-        else:
-            self._append("train.log", line)
+                self._append("train.log", each)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl in a single write. Non-finite numbers become null (strict JSON)."""
@@ -84,19 +81,38 @@ class RunLog:
             os.close(descriptor)
 
     def _keep_metrics(self, rows: int | None) -> list[bytes]:
-        """Keep the first `rows` rows (None: all), but no row that a kill has torn; the file is replaced atomically.
-        Returns what is kept, a line each."""
+        """Keep the first `rows` rows (None: all), but no row that a kill has torn. Returns what is kept, a line each.
+
+        Rows that are cut off stay in metrics-before-resume.jsonl, for a run that is resumed from an older checkpoint
+        may end before it has saved anything, and then be resumed from a newer one.
+        """
         assert self.folder is not None
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines[:rows] if line.endswith(b"\n")]
-        if len(kept) < len(lines):
-            temporary = path.with_name(f".metrics-{os.getpid()}.tmp")
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+        path, former = self.folder / "metrics.jsonl", self.folder / "metrics-before-resume.jsonl"
+        lines = _whole_lines(path)
+        before = _whole_lines(former)
+        if rows is not None and len(lines) < rows <= len(before) and before[: len(lines)] == lines:
+            kept = before[:rows]
+        else:
+            kept = lines[:rows]
+        if len(kept) < len(lines) > len(before):
+            _replace_bytes(former, b"".join(lines))
+        if b"".join(kept) != (path.read_bytes() if path.exists() else b""):
+            _replace_bytes(path, b"".join(kept))
         return kept
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that end as lines do; none where there is no file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _replace_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`; a reader finds the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def replace_file(path: Path, text: str) -> None:

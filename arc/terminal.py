@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -20,6 +22,30 @@ def is_live() -> bool:
     return sys.stderr.isatty() or hasattr(ipython_shell(), "kernel")
 
 
+def write_line(line: str, *, error: bool = False) -> bool:
+    """Write a line to stdout (stderr if `error`), around bars that are redrawn in place. False: it is lost, for the
+    stream cannot be written (its reader has ended, the terminal or the disk's last byte is gone), and so will be all
+    that comes after it; a training must outlive that."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        if is_live():
+            tqdm.write(line, file=stream)
+        else:
+            print(line, file=stream, flush=True)
+    except BlockingIOError:  # a full pipe that does not wait: this line only
+        return True
+    except OSError:
+        drop(stream)
+        return False
+    return True
+
+
+def drop(stream: Any) -> None:
+    """Let everything written to a stream from now on, and what is left in its buffer, go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class LineBar(std.tqdm):
     """A bar for log files: at most one line every LINE_SECONDS, one at the end, and no control characters."""
 
@@ -32,7 +58,10 @@ class LineBar(std.tqdm):
         )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        self.fp.write(f"{self}\n")
+        try:
+            self.fp.write(f"{self}\n")
+        except OSError:
+            drop(self.fp)
         return True
 
     def close(self) -> None:

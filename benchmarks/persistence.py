@@ -1,8 +1,8 @@
 """What model_persistence.py promises, measured: kills, faults, corruption, hostile files, backups, cost.
 
-    python benchmarks/persistence.py                     everything, about ten minutes on two cores
-    python benchmarks/persistence.py --only kills cost   some parts
-    python benchmarks/persistence.py --scale 0.1 --json  a tenth of the repetitions, one JSON object a part
+    python benchmarks/persistence.py                          everything, about ten minutes on two cores
+    python benchmarks/persistence.py --only kill_calls cost   some parts
+    python benchmarks/persistence.py --scale 0.1 --json       a tenth of the repetitions, one JSON object a part
 
 Each part prints its figures and whether they are what they must be; the exit code is 1 if one is not. The tests in
 tests/test_persistence*.py run smaller shares of the same code. Everything happens in a temporary folder.

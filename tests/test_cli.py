@@ -197,6 +197,15 @@ def test_folders_that_cannot_be_written(flag: str, folder: str, refused: Refused
     assert flag in line and "a_file" in line
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir", "--backup_dir", "--resume"])
+def test_names_that_are_too_long(flag: str, refused: Refused) -> None:
+    assert f"{flag}: 'aaaa" in refused(flag, "a" * 300)
+
+
+def test_numbers_from_a_cell_are_flags_as_well() -> None:
+    assert parse_arguments(["--epochs", 3, "--qwen", "tiny"])[0].epochs == 3  # type: ignore[list-item]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # the same in a process of its own
 # --------------------------------------------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ def test_grid_weights_share_out_the_risk() -> None:
     alone = [float(risk([logits[i : i + 1]], target[i : i + 1], torch.ones(1, 4))) for i in range(2)]
     found = float(risk([logits], target, torch.ones(2, 4), torch.tensor([3.0, 1.0])))
     assert found == pytest.approx((3 * alone[0] + alone[1]) / 4, rel=1e-5)
+    faint = float(risk([logits], target, torch.ones(2, 4), torch.tensor([3e-7, 1e-7])))
+    assert faint == pytest.approx(found, rel=1e-5)  # nearly hopeless ones are shared out in the same way
     assert float(risk([logits], target, torch.ones(2, 4), torch.zeros(2))) == 0  # all hopeless: no NaN
 
 

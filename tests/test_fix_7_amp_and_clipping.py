@@ -4,6 +4,7 @@ skipped for all weights alike, counted, and survived."""
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import SmallBuild, rows_of, train_batches, train_on
 from torch import Tensor, nn
 
-from trainloop_complete_with_fixes import Run
+from trainloop_complete_with_fixes import Run, log_summary, window_size
 
 
 def weights_of(run: Run) -> dict[str, Tensor]:
@@ -106,6 +107,26 @@ def test_an_activation_that_overflows_costs_one_step_and_not_the_run(small_build
     assert same(before, weights_of(run)) and run.state.skipped_steps == 1
     train_on(run, batches[1:])
     assert finite(weights_of(run)) and run.state.updates == 1
+
+
+def test_a_bad_batch_is_seen_in_an_accumulated_step_and_left_out_of_the_mean(small_build: SmallBuild) -> None:
+    run = small_build("--grad_accum", "2")
+    batches = train_batches(run, 4)
+    spoilt = run.qwen.project.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    run.qwen.register_forward_hook(lambda *_: spoilt.remove())  # after the first batch
+    train_on(run, batches)
+    losses = [row["loss"] for row in rows_of(run)]
+    assert losses[0] is None and all(loss is not None for loss in losses[1:])
+    assert "loss" in run.flags_raised
+    log_summary(run)
+    assert run.log.folder is not None
+    shown = re.findall(r"Average Loss: ([\d.]+)", (run.log.folder / "train.log").read_text())
+    assert float(shown[-1]) == pytest.approx(sum(losses[1:]) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "count", "size"), [(0, 5, 3), (3, 5, 2), (0, 2, 2)])
+def test_the_last_accumulated_step_of_an_epoch_is_a_mean_too(first: int, count: int, size: int) -> None:
+    assert window_size(3, first, count) == size
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -156,6 +156,24 @@ def test_an_overflow_in_one_group_holds_all_back_and_lowers_the_scale() -> None:
     assert optimizer.step(scaler, finite=True) and not equal(weights_of(modules), before)
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_the_moments_to_come_are_counted_beforehand(muon: bool) -> None:
+    modules = make_modules()
+    optimizer = JointOptimizer(modules, RATES, muon=muon)
+    expected = optimizer.bytes_to_come()
+    set_gradients(modules, 1.0)
+    optimizer.step(NO_SCALER, finite=True)
+    moments = [
+        value
+        for inner in optimizer.optimizers.values()
+        for state in inner.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim
+    ]
+    assert expected == sum(value.numel() * value.element_size() for value in moments) > 0
+    assert optimizer.bytes_to_come() == 0
+
+
 def test_zero_grad_forgets_the_gradients() -> None:
     modules = make_modules()
     optimizer = JointOptimizer(modules, RATES)

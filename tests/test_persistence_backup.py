@@ -299,3 +299,11 @@ def test_closing_does_not_wait_for_a_stuck_mount(run: Path, drive: Path) -> None
 def test_the_backup_folder_must_not_be_the_folder_of_the_runs(run: Path) -> None:
     with pytest.raises(ValueError, match="backup_dir: .* is the folder that holds the run itself"):
         ModelPersistence(run, backup_dir=run.parent)
+
+
+def test_a_backup_that_is_named_when_all_is_trained_is_filled(run: Path, drive: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        save(persistence, 1)
+    with ModelPersistence(run, backup_dir=drive, log=quiet) as persistence:
+        persistence.load()
+    assert [folder.name for folder in (drive / run.name).glob("step-*")] == ["step-000000001"]

@@ -27,6 +27,7 @@ from helpers import (
 )
 
 import trainloop_complete_with_fixes as trainloop
+from arc.runlog import RunLog
 from model_persistence import ModelPersistence
 from trainloop_complete_with_fixes import main
 
@@ -96,6 +97,7 @@ def batches_of_epoch(outcome: Outcome) -> int:
         ("[Epoch 0] Time:", 1, signal.SIGINT),  # between two epochs
         ("[Batch    4]", 2, signal.SIGINT),
         ("EPOCH 1 SUMMARY", 1, signal.SIGTERM),
+        ("[Batch    3]", 1, signal.SIGHUP),  # the terminal is gone
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(
@@ -470,3 +472,31 @@ def test_fifty_stopping_positions(small_run: SmallRun, small_flags: tuple[str, .
         assert_same_run(folder, original.folder)
         shutil.rmtree(folder)
     print(f"stopping positions: {POSITIONS}, runs that differ from the uninterrupted one: 0")
+
+
+def metrics_file(folder: Path, rows: int | None) -> list[int]:
+    """What a run that is opened for `rows` rows keeps of metrics.jsonl, by their steps."""
+    log = RunLog(quiet=True)
+    log.open(folder, rows=rows)
+    assert rows is None or log.rows == len(metrics(folder))
+    return [row["step"] for row in metrics(folder)]
+
+
+def test_rows_cut_off_by_resuming_from_an_older_checkpoint_come_back_with_the_newer_one(tmp_path: Path) -> None:
+    """--resume best that is killed before it has saved anything, and then --resume."""
+    log = RunLog(quiet=True)
+    log.open(tmp_path, rows=0)
+    for step in range(1, 10):
+        log.metrics({"step": step})
+    assert metrics_file(tmp_path, 5) == [1, 2, 3, 4, 5]
+    assert metrics_file(tmp_path, 5) == [1, 2, 3, 4, 5]
+    assert metrics_file(tmp_path, 8) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert metrics_file(tmp_path, 9) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_rows_that_are_lost_are_not_counted(tmp_path: Path) -> None:
+    log = RunLog(quiet=True)
+    log.open(tmp_path, rows=0)
+    log.metrics({"step": 1})
+    assert metrics_file(tmp_path, 4) == [1]  # the run's file was deleted, say: later checkpoints count from here
+    assert "metrics.jsonl has 1 rows, the checkpoint was made after 4" in (tmp_path / "train.log").read_text()

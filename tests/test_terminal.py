@@ -118,3 +118,33 @@ def test_pace_leaves_the_first_batch_out_and_speaks_once(monkeypatch: pytest.Mon
 def test_durations() -> None:
     seconds = (0.2, 48, 99, 120, 5400, 7200)
     assert [duration(value) for value in seconds] == ["1 s", "48 s", "99 s", "2 min", "90 min", "2.0 h"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_ends_does_not_end_the_run(stream: str, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """As `| head` does, and a terminal that is gone: the lines go on in train.log."""
+    read, write = os.pipe()
+    os.close(read)
+    folder = tmp_path / "run"
+    command = [sys.executable, str(SCRIPT), *small_flags, "--log_every", "1", "--output_dir", str(folder)]
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write}
+    ended = subprocess.run(command, cwd=ROOT, text=True, **outputs)  # type: ignore[call-overload]
+    os.close(write)
+    assert ended.returncode == 0, ended
+    lines = (folder / "train.log").read_text().splitlines()
+    assert lines[-1].startswith("Report: ") and any(line.startswith("Done: ") for line in lines)
+    if stream == "stdout":
+        assert sum("stdout cannot be written any more" in line for line in lines) == 1
+        assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
+
+
+def test_a_full_disk_behind_stdout_is_told_in_the_log(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from arc.runlog import RunLog; log = RunLog()"
+    code += "; log.open(Path(sys.argv[1]), rows=0); log('one'); log('two')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["one", "stdout", "two"]
