@@ -1379,6 +1379,8 @@ def train(run: Run) -> None:
     args, state = run.args, run.state
     sampler = EpochSampler([], 0)
     loader = make_loader(run, training_data(run), sampler)
+    if state.epoch >= args.epochs:
+        run.log(f"Nothing to train: all {args.epochs} epochs are done; a larger --epochs goes on")
     while state.epoch < args.epochs:
         started = time.monotonic()
         batches = epoch_batches(
