@@ -342,7 +342,7 @@ def test_more_epochs_continue_a_finished_run(uninterrupted: Outcome, small_run: 
     assert longer.code == 0, longer.stderr
     assert timeless(longer.rows)[: len(uninterrupted.rows)] == timeless(uninterrupted.rows)
     assert [row["epoch"] for row in longer.epochs] == [0, 1, 2]
-    again = small_run(folder, "--resume")
+    again = small_run(folder, *FLAGS, "--epochs", "3", "--resume")
     assert again.code == 0 and "Nothing to train: all 3 epochs are done" in again.stdout
     assert again.rows == longer.rows
 
