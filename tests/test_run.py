@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Outcome, SmallRun
 from helpers import (
     FAST,
@@ -29,6 +30,8 @@ from helpers import (
     strict_json,
     timeless,
 )
+
+from trainloop_complete_with_fixes import TrainState, epoch_of_weights, prompt_spread
 
 EPOCHS = 2
 NUMBER = r"\d+\.\d{4}"
@@ -407,3 +410,23 @@ def test_a_checkpoint_that_cannot_be_written(flags: tuple[str, ...], small_run: 
     errors = [line for line in re.split(r"[\r\n]", outcome.stderr) if line.startswith("error: ")]
     assert len(errors) == 1 and str(outcome.folder) in errors[0] and os.strerror(errno.EFBIG) in errors[0]
     assert not list(outcome.folder.glob("step-*")) and not list(outcome.folder.glob(".tmp-*"))
+
+
+def test_the_same_prompt_for_the_same_context_is_no_collapse() -> None:
+    prompt, contexts = torch.ones(3, 2, 4), torch.tensor([[1, 2], [1, 3], [1, 2]])
+    assert prompt_spread(prompt, contexts) == 0  # different tasks, one prompt
+    assert prompt_spread(prompt, contexts[:1].expand(3, 2)) == 1  # tasks without any context, say
+    assert prompt_spread(torch.randn(3, 2, 4), contexts) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "trained", "last"), [(0, 0, False, 0), (0, 3, False, 0), (1, 6, True, 1), (2, 0, False, 1)]
+)
+def test_the_epoch_of_the_weights(epoch: int, batch: int, trained: bool, last: int) -> None:
+    assert epoch_of_weights(TrainState(epoch=epoch, batch=batch, trained=trained)) == last
+
+
+def test_predictions_that_cannot_be_written_do_not_end_the_run(small_run: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "run" / "predictions-seed.json").mkdir(parents=True)
+    outcome = small_run(tmp_path / "run", "--max_batches", "1", "--val_limit", "1")
+    assert outcome.code == 0 and "Predictions of the seed split are not written: " in outcome.stdout
