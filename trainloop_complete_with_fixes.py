@@ -1473,7 +1473,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 reward_objective = expected_reward(*soft, query.target_grid).mean()
             loss = efe["total"] if run.ablated(2) else goal_oriented_loss(efe["total"], reward_objective)  # FIX 2
 
-            run.scaler.scale(loss / window_size(args.grad_accum, state.batch, count)).backward()  # FIX 7
+            window = window_size(args.grad_accum, state.batch, count)
+            run.scaler.scale(loss / window).backward()  # FIX 7
             solved = mean_per_owner(exact_match(pred_after.grid, query.target_grid), query.owner, len(batch.task))
             offers = 0 if args.no_memory else len(batch.task)
             stored = remember(run, batch, embedding, refined, solved) if offers else 0  # FIX 5
@@ -1498,7 +1499,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             }
             pending.append(row)
 
-            if accumulated == args.grad_accum or done == count:
+            if accumulated == window:
                 run.optimizer.unscale_(run.scaler)  # FIX 7: gradients in their own units again ...
                 monitored = run.monitor.check_gradients(qwen, "Qwen")  # FIX 1: ... measured before clipping ...
                 norms = run.optimizer.clip(0.0 if run.ablated(7) else args.grad_clip)  # FIX 7: ... every group clipped
@@ -1512,13 +1513,13 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 took = (time.monotonic() - began) / len(pending)
                 for row in pending:  # a batch counts when its optimizer step is done
                     record_batch(run, row, monitored["norm"], norms, took)
-                window, pending = pending, []
                 bar.update(done - bar.n)
                 bar.set_postfix_str(f"{row['queries'] / took:.0f} samples/s, loss {row['loss']:.3f}", refresh=False)
                 if (seconds := run.pace.measure(state.step)) is not None:
                     log_expected_time(run, seconds, count)
-                for row in window:
+                for row in pending:
                     check_red_flags(run, row)
+                pending.clear()
                 if state.step // args.save_every > last_saved // args.save_every:
                     save_checkpoint(run)
                     last_saved = state.step
@@ -1794,14 +1795,14 @@ def open_run_folder(args: argparse.Namespace) -> tuple[Path, str | None]:
             )
         return folder, None
     which: str = args.resume
-    if which not in ("latest", "best") and (problem := cannot_look(Path(which))):
-        raise ValueError(f"--resume: {problem}")
     if which in ("latest", "best"):
         found = Path(args.output_dir) if args.output_dir else find_newest_run("runs")
         if found is None and args.backup_dir and (mirrored := find_newest_run(args.backup_dir)):
             found = Path("runs") / mirrored.name  # a new machine: the checkpoints are fetched from the backup
         if found is None:
             raise ValueError("--resume: no run with a checkpoint under runs/; give its folder with --output_dir")
+    elif problem := cannot_look(Path(which)):
+        raise ValueError(f"--resume: {problem}")
     elif (Path(which) / "manifest.json").is_file():
         found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
         if args.eval_only:  # the checkpoint is only read, wherever it lies; logs and predictions go to --output_dir

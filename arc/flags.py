@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,8 +110,8 @@ def cannot_write(folder: Path) -> str | None:
     try:
         while not place.exists() and place != place.parent:
             place = place.parent
-    except (OSError, ValueError) as error:  # too long a name, a NUL in it
-        return f"{str(folder)[:60]!r}: {getattr(error, 'strerror', None) or error}"
+    except (OSError, ValueError) as error:
+        return _unreachable(folder, error)
     if not place.is_dir():
         return f"{place} is a file, not a folder"
     if not os.access(place, os.W_OK | os.X_OK):
@@ -127,20 +126,21 @@ def cannot_look(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
+        return _unreachable(path, error)
     return None
+
+
+def _unreachable(path: Path, error: OSError | ValueError) -> str:
+    """Too long a name, a NUL in it, no permission to look: the system's reason, with as much of the name as helps."""
+    return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
 
 
 def cannot_write_file(path: Path) -> str | None:
     """Why `path` could not become a file, or replace the regular file that is there, or None; creates nothing."""
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return cannot_write(path.parent)
-    except (OSError, ValueError) as error:  # too long a name, a NUL in it, no permission to look
-        return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
-    if not stat.S_ISREG(mode):
-        return f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; name a file"
+    if problem := cannot_look(path):
+        return problem
+    if path.exists() and not path.is_file():
+        return f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file"
     return cannot_write(path.parent)
 
 

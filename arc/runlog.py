@@ -88,39 +88,31 @@ class RunLog:
         """
         assert self.folder is not None
         path, former = self.folder / "metrics.jsonl", self.folder / "metrics-before-resume.jsonl"
-        lines = _whole_lines(path)
-        before = _whole_lines(former)
+        content, saved = (file.read_bytes() if file.exists() else b"" for file in (path, former))
+        lines, before = _whole_lines(content), _whole_lines(saved)
         if rows is not None and len(lines) < rows <= len(before) and before[: len(lines)] == lines:
             kept = before[:rows]
         else:
             kept = lines[:rows]
         if len(kept) < len(lines) > len(before):
-            _replace_bytes(former, b"".join(lines))
-        if b"".join(kept) != (path.read_bytes() if path.exists() else b""):
-            _replace_bytes(path, b"".join(kept))
+            replace_file(former, b"".join(lines))
+        if b"".join(kept) != content:
+            replace_file(path, b"".join(kept))
         return kept
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that end as lines do; none where there is no file."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _whole_lines(content: bytes) -> list[bytes]:
+    """The lines that end as lines do; a torn one at the end is left out."""
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def _replace_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; a reader finds the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`; a reader finds the old file or the whole new one. Raises OSError."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `path`; a reader finds the old file or the whole new one. Raises OSError."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

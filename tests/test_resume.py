@@ -477,11 +477,11 @@ def test_fifty_stopping_positions(small_run: SmallRun, small_flags: tuple[str, .
     print(f"stopping positions: {POSITIONS}, runs that differ from the uninterrupted one: 0")
 
 
-def metrics_file(folder: Path, rows: int | None) -> list[int]:
+def metrics_file(folder: Path, rows: int) -> list[int]:
     """What a run that is opened for `rows` rows keeps of metrics.jsonl, by their steps."""
     log = RunLog(quiet=True)
     log.open(folder, rows=rows)
-    assert rows is None or log.rows == len(metrics(folder))
+    assert log.rows == len(metrics(folder))
     return [row["step"] for row in metrics(folder)]
 
 
