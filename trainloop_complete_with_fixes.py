@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from arc import efe as free_energy
 from arc.agent import AgentOutput, GridAgent, voted_grid
+from arc.augment import Augmentation, evaluation_views
 from arc.batches import (
     EpisodeData,
     EpochSampler,
@@ -51,22 +52,12 @@ from arc.batches import (
     prediction_order,
     unpad_grid,
 )
-from arc.config import read_config
 from arc.controls import NoEvidence, carve
+from arc.datasets import load_dataset
 from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
 from arc.evaluate import write_submission
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.flags import (
-    Arguments,
-    Number,
-    cannot_look,
-    cannot_write,
-    cannot_write_file,
-    default_cache,
-    ipython_shell,
-    own_arguments,
-)
 from arc.lora import Adapter, Base, problem_with_peft
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
@@ -74,10 +65,13 @@ from arc.predict import BatchPrediction, PairPrediction, SplitReport, all_attemp
 from arc.qwen import QwenPrompt, build_qwen, quiet_downloads
 from arc.refine import cross_fitted
 from arc.report import keep_predictions, try_report
-from arc.runlog import RunLog
+from arc.run.config import read_config
+from arc.run.files import cannot_look, cannot_write, cannot_write_file, default_cache
+from arc.run.flags import Arguments, Number, ipython_shell, own_arguments
+from arc.run.runlog import RunLog
+from arc.run.terminal import Pace, duration, write_line
 from arc.splits import LABELS, NEW, Split, adapted_tasks, input_digests, splits_by_content, training_fingerprint
-from arc.tasks import Augmentation, DataSet, Task, drop_duplicates, evaluation_views, load_dataset
-from arc.terminal import Pace, duration, write_line
+from arc.tasks import DataSet, Task, drop_duplicates
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
 from policy_refined import (
     Feedback,

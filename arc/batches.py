@@ -19,16 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arc.augment import Augmentation, apply_dihedral, dihedral_shape, sample_augmentation
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, feedback_indices
-from arc.tasks import (
-    MAX_SIDE,
-    Augmentation,
-    Grid,
-    Task,
-    apply_dihedral,
-    dihedral_shape,
-    sample_augmentation,
-)
+from arc.tasks import MAX_SIDE, Grid, Task
 
 OUTSIDE = 10  # the "colour" of a canvas cell that is not part of the input grid
 IGNORE = -100  # a token without a target, cross_entropy's ignore_index

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arc.tasks import NUM_COLOURS, Grid, Task, join_problems, parse_grid, read_json
+from arc.run.files import join_problems, read_json
+from arc.tasks import NUM_COLOURS, Grid, Task, parse_grid
 
 Attempts = tuple[Grid, Grid]
 

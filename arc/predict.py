@@ -13,10 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from arc.agent import AgentOutput
+from arc.augment import Augmentation
 from arc.batches import PredictionBatch, QueryBatch, unpad_grid
 from arc.evaluate import Attempts, PairResult, SplitScore, cell_accuracy, paired_delta, score_split, two_attempts, vote
 from arc.evidence import EvidenceStore
-from arc.tasks import Augmentation, Grid, Task
+from arc.tasks import Grid, Task
 
 # queries with the agent's output under the unrefined and under the refined prompt
 TwoPasses = tuple[QueryBatch, AgentOutput, AgentOutput]

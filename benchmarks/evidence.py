@@ -27,9 +27,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arc.datasets import load_dataset  # noqa: E402
 from arc.evidence import NUM_RULES, NUM_TABLES, QueryEvidence, TaskQueries  # noqa: E402
-from arc.sources import NUM_SOURCES  # noqa: E402
-from arc.tasks import Grid, Task, drop_duplicates, load_dataset  # noqa: E402
+from arc.evidence.sources import NUM_SOURCES  # noqa: E402
+from arc.tasks import Grid, Task, drop_duplicates  # noqa: E402
 
 SPLITS = ("development", "seed", "unseen")
 

@@ -32,13 +32,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from arc.augment import evaluation_views  # noqa: E402
 from arc.batches import PredictionBatch, PredictionData, QueryBatch, prediction_order  # noqa: E402
 from arc.evaluate import cell_accuracy, paired_delta  # noqa: E402
 from arc.predict import PairPrediction, collect  # noqa: E402
 from arc.refine import cross_fitted  # noqa: E402
-from arc.runlog import RunLog  # noqa: E402
+from arc.run.runlog import RunLog  # noqa: E402
 from arc.splits import Split  # noqa: E402
-from arc.tasks import Task, evaluation_views  # noqa: E402
+from arc.tasks import Task  # noqa: E402
 from benchmarks.evidence import processor  # noqa: E402
 from model_persistence import ModelPersistence, PersistenceError  # noqa: E402
 from policy_refined import Feedback  # noqa: E402

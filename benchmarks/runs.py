@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arc.flags import default_cache  # noqa: E402
+from arc.run.files import default_cache  # noqa: E402
 from benchmarks.evidence import processor  # noqa: E402
 
 SCRIPT = ROOT / "trainloop_complete_with_fixes.py"

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from arc.agent import AgentOutput, GridAgent, rotary_tables, rotate, table_mixture, voted_grid
+from arc.augment import Augmentation, sample_augmentation
 from arc.batches import Query, QueryBatch, collate_queries, make_query, unpad_grid
+from arc.datasets import load_dataset
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
-from arc.tasks import Augmentation, Task, load_dataset, sample_augmentation
+from arc.tasks import Task
 
 K, D = 2, 8
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from arc.augment import Augmentation, apply_dihedral, evaluation_views
 from arc.batches import (
     OUTSIDE,
     Episode,
@@ -36,8 +37,9 @@ from arc.batches import (
     unpad_grid,
     views_of,
 )
+from arc.datasets import load_dataset
 from arc.evidence import CLASS_WEIGHTS, NUM_RULES, NUM_TABLES, QueryEvidence
-from arc.tasks import Augmentation, Grid, Pair, Task, apply_dihedral, evaluation_views, load_dataset
+from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import Run, rng_state, training_data
 
 SIDES = st.tuples(st.integers(1, 30), st.integers(1, 30))

@@ -13,7 +13,7 @@ import pytest
 from conftest import SmallRun
 from helpers import Tripwire, everything_below, load, run_into, strict_json
 
-from arc.flags import Number
+from arc.run.flags import Number
 from trainloop_complete_with_fixes import HARMLESS, build_parser, main, parse_arguments, saved_flags
 
 Said = Callable[..., str]

@@ -14,10 +14,11 @@ from helpers import FAST, differences, load, timeless
 
 from arc.batches import QueryBatch
 from arc.controls import Development, NoEvidence, carve, hold_out, silence
+from arc.datasets import load_dataset
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, TaskEvidence
 from arc.predict import PairPrediction
-from arc.tasks import Pair, Task, load_dataset, same_content
+from arc.tasks import Pair, Task, same_content
 from trainloop_complete_with_fixes import ABLATION, parse_arguments, predict_split, read_prompt
 
 # --------------------------------------------------------------------------------------------------------------------

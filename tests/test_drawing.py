@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc.changes import CHANGES
-from arc.drawing import DRAWINGS
-from arc.scene import Scene
+from arc.evidence.changes import CHANGES
+from arc.evidence.drawing import DRAWINGS
+from arc.evidence.scene import Scene
 from arc.tasks import Grid
 
 

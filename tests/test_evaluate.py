@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from arc.augment import evaluation_views
 from arc.evaluate import (
     Attempts,
     PairResult,
@@ -27,7 +28,7 @@ from arc.evaluate import (
     vote,
     write_submission,
 )
-from arc.tasks import Grid, Pair, Task, evaluation_views
+from arc.tasks import Grid, Pair, Task
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 GRIDS = SHAPES.flatmap(lambda shape: arrays(np.uint8, shape, elements=st.integers(0, 9)))

@@ -18,7 +18,7 @@ from helpers import FAST, ROOT, Tripwire, metrics, run_into
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 
-from arc.events import EventLog, draw, png, read_earlier, scalars
+from arc.report.events import EventLog, draw, png, read_earlier, scalars
 
 FLAGS = ("--epochs", "2", "--save_every", "4", *FAST)
 TASKS = ("count", "crop", "flip", "random", "recolour", "sort")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arc.agent import AgentOutput
+from arc.augment import Augmentation
 from arc.batches import Query, QueryBatch, collate_queries
 from arc.efe import risk
-from arc.tasks import Augmentation
 from trainloop_complete_with_fixes import Run, cell_weights, grid_weights, hard_cell_mask
 
 # The seed's worked example: two of nine cells are wrong.

@@ -13,9 +13,9 @@ from conftest import Outcome, SmallBuild, SmallRun, rows_of, train_batches, trai
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arc.augment import Augmentation
 from arc.batches import Query, collate_queries, unpad_grid
 from arc.efe import TERMS, EfeWeights, risk, size_loss
-from arc.tasks import Augmentation
 from policy_refined import Prediction, compute_reward, expected_reward
 from trainloop_complete_with_fixes import Run, SizeWarmupCurriculum, cell_weights, goal_oriented_loss, soft_prediction
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from arc.lora import Base
 from arc.optim import problem_with_eight_bit
-from arc.runlog import RunLog
+from arc.run.runlog import RunLog
 from benchmarks import memory
 from model_persistence import PersistenceError, export_best
 from model_persistence import main as persistence_main

@@ -13,7 +13,7 @@ import pytest
 from conftest import Outcome, SmallRun
 from helpers import FAST, differences, load, timeless
 
-from arc.tasks import load_dataset
+from arc.datasets import load_dataset
 
 FLAGS = ("--epochs", "2", "--save_every", "4", *FAST)
 Change = Callable[[dict[str, Any]], None]

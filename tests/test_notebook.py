@@ -243,7 +243,7 @@ def test_arguments_of_the_kernel_are_not_ours(launcher: str, kernel: Kernel) -> 
 
 
 def test_bars_in_a_cell_are_redrawn(kernel: Kernel) -> None:
-    reply = kernel("from arc.terminal import is_live\nis_live()")
+    reply = kernel("from arc.run.terminal import is_live\nis_live()")
     assert (reply.error, reply.result) == ("", "True")
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import SmallBuild
 
+from arc.augment import evaluation_views
 from arc.batches import PredictionData, QueryBatch
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
 from arc.predict import PairPrediction, predict_tasks
-from arc.tasks import Grid, Pair, Task, evaluation_views
+from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import beats_evidence, predict_batch, read_prompt
 
 

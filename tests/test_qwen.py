@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import arc.qwen
+from arc.datasets import load_dataset
 from arc.qwen import ContextEncoder, QwenPrompt, build_qwen, pair_text
-from arc.tasks import Grid, load_dataset
+from arc.tasks import Grid
 
 K, D = 3, 16
 Pairs = list[tuple[Grid, Grid]]

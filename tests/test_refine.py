@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from test_no_leak import absent, data_with, garbage
 from torch import Tensor
 
+from arc.augment import evaluation_views
 from arc.batches import MAX_FOLDS, Folds, PredictionBatch, PredictionData, QueryBatch, TensorBundle
 from arc.refine import Context, Refinement, cross_fitted
 from arc.splits import NEW
-from arc.tasks import Pair, Task, evaluation_views
+from arc.tasks import Pair, Task
 from benchmarks import refinement as benchmark
 from trainloop_complete_with_fixes import (
     Run,

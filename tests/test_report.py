@@ -17,8 +17,10 @@ from helpers import FAST, strict_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc.charts import MAX_POINTS, Series, downsample, line_chart, ticks
-from arc.gallery import (
+from arc.datasets import load_dataset
+from arc.predict import PairPrediction
+from arc.report.charts import MAX_POINTS, Series, downsample, line_chart, ticks
+from arc.report.gallery import (
     Gallery,
     ShownPair,
     ShownTask,
@@ -28,9 +30,8 @@ from arc.gallery import (
     read_gallery,
     write_gallery,
 )
-from arc.predict import PairPrediction
-from arc.report import gallery_html, main, read_metrics, red_flags, report_html, write_report
-from arc.tasks import Grid, Pair, Task, load_dataset
+from arc.report.page import gallery_html, main, read_metrics, red_flags, report_html, write_report
+from arc.tasks import Grid, Pair, Task
 
 MAX_PAGE = 5_000_000  # bytes
 HOSTILE = "</style></title><script>alert(1)</script><img src='https://example.com/x' onerror='alert(2)'>&\""

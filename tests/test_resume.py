@@ -27,7 +27,7 @@ from helpers import (
 )
 
 import trainloop_complete_with_fixes as trainloop
-from arc.runlog import RunLog
+from arc.run.runlog import RunLog
 from model_persistence import ModelPersistence
 from trainloop_complete_with_fixes import main
 

@@ -22,8 +22,9 @@ import torch
 from conftest import Outcome, SmallRun
 from helpers import FAST, Tripwire, everything_below, ignored, load, same_bits, strict_json
 
+from arc.datasets import load_dataset
 from arc.splits import NEW, input_digests, splits_by_content
-from arc.tasks import Task, load_dataset
+from arc.tasks import Task
 from model_persistence import ModelPersistence
 from trainloop_complete_with_fixes import main
 
@@ -282,7 +283,7 @@ def test_stopped_while_predicting(
     trained: Outcome, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing was trained, so nothing is saved, and no submission is written."""
-    monkeypatch.setattr("arc.terminal.is_live", lambda: True)  # a bar that is drawn at once, for the wire to see
+    monkeypatch.setattr("arc.run.terminal.is_live", lambda: True)  # a bar that is drawn at once, for the wire to see
     folder = shutil.copytree(trained.folder, tmp_path / "run")
     checkpoints = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     before = everything_below(*checkpoints)

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 TOP_LEVEL = ("trainloop_complete_with_fixes", "model_persistence", "policy_refined")
-PARTS = sorted(path.stem for path in (ROOT / "arc").glob("*.py"))
+PARTS = sorted(str(path.relative_to(ROOT / "arc")).removesuffix(".py") for path in (ROOT / "arc").rglob("*.py"))
 # The product, without tests and benchmarks: those may build hostile files and measure other ways to save.
 PRODUCT = [*(f"{name}.py" for name in TOP_LEVEL), *(f"arc/{name}.py" for name in PARTS)]
 
@@ -120,7 +120,7 @@ def test_only_one_file_imports_transformers() -> None:
 
 
 def test_no_circle_inside_arc() -> None:
-    needs = {part: {name.removeprefix("arc.") for name in modules_of(part)} & set(PARTS) for part in PARTS}
+    needs = {part: modules_of(part) for part in PARTS}
     while free := [part for part, needed in needs.items() if not needed]:
         for part in free:
             del needs[part]
@@ -134,7 +134,17 @@ def modules_of(part: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    return {".".join(whole.split(".")[:2]) for whole in imports(tree).values()}
+    return {module for whole in imports(tree).values() if (module := module_named(whole))} - {part}
+
+
+def module_named(name: str) -> str | None:
+    """The part that "arc.x.y.Z" is in: "x/y", or "x/__init__" where x is a package and y is one of its names."""
+    words = name.split(".")[1:] if name.startswith("arc.") else []
+    for end in range(len(words), 0, -1):
+        for part in ("/".join(words[:end]), "/".join([*words[:end], "__init__"])):
+            if part in PARTS:
+                return part
+    return None
 
 
 @pytest.mark.parametrize("file", PRODUCT)

@@ -19,24 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from arc.tasks import (
+from arc.augment import (
     AUGMENT_MODES,
-    BUILT_IN_SETS,
     Augmentation,
-    DataError,
-    DataSet,
-    Pair,
-    Task,
     apply_dihedral,
     dihedral_shape,
-    drop_duplicates,
     evaluation_views,
     invert_dihedral,
-    load_dataset,
-    parse_grid,
-    same_content,
     sample_augmentation,
 )
+from arc.datasets import BUILT_IN_SETS, DataError, load_dataset
+from arc.tasks import DataSet, Pair, Task, drop_duplicates, parse_grid, same_content
 
 Json = Any
 

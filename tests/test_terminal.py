@@ -16,8 +16,8 @@ import pytest
 from conftest import Outcome, SmallBuild, SmallRun, train_batches
 from helpers import ROOT, SCRIPT
 
-from arc.runlog import RunLog
-from arc.terminal import Pace, duration
+from arc.run.runlog import RunLog
+from arc.run.terminal import Pace, duration
 from trainloop_complete_with_fixes import count_prepared, evidence_bar
 
 
@@ -139,7 +139,7 @@ def test_a_reader_that_ends_does_not_end_the_run(stream: str, small_flags: tuple
 
 
 def test_a_full_disk_behind_stdout_is_told_in_the_log(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from arc.runlog import RunLog; log = RunLog()"
+    code = "import sys; from pathlib import Path; from arc.run.runlog import RunLog; log = RunLog()"
     code += "; log.open(Path(sys.argv[1]), rows=0); log('one'); log('two')"
     with open("/dev/full", "w") as full:
         ended = subprocess.run(

@@ -1,8 +1,8 @@
 """In-context evidence: what the demonstrations of a task prove about each cell of an output, without any training.
 
-A *table* maps the context of an output cell (a hash of some features, `arc/features.py`) to an outcome counted over
+A *table* maps the context of an output cell (a hash of some features, `canvas.py`) to an outcome counted over
 the demonstrations: a colour (kind "colour"), or the source that reproduces the true colour there (kind "source",
-`arc/sources.py`). Contexts depend on input grids and output sizes alone; outcomes are counted per demonstration, so
+`sources.py`). Contexts depend on input grids and output sizes alone; outcomes are counted per demonstration, so
 any set of demonstrations is left out by subtracting its counts. That is how a query is answered without its own
 output, how each table is judged on demonstrations it has not seen, and why no test output can leak: this module
 never receives one.
@@ -25,13 +25,13 @@ from typing import Protocol
 
 import numpy as np
 
-from arc.changes import CHANGES
-from arc.cuts import CUTS
-from arc.features import UNAVAILABLE, Canvas, OutputCells, combine
-from arc.programs import ProgramSearch
-from arc.sizes import ALL_WEIGHT, FRACTION_WEIGHT, NUM_RULES, SIZE_RULES, Demo, Size, SizeEvidence, SizeRule
-from arc.sources import NUM_SOURCES, SOURCES, Source, source_values
-from arc.tables import NUM_COLOUR_TABLES, NUM_PROGRAM_TABLES, NUM_SOURCE_TABLES, NUM_TABLES, TABLES, Table
+from arc.evidence.canvas import UNAVAILABLE, Canvas, OutputCells, combine
+from arc.evidence.changes import CHANGES
+from arc.evidence.cuts import CUTS
+from arc.evidence.programs import ProgramSearch
+from arc.evidence.sizes import ALL_WEIGHT, FRACTION_WEIGHT, NUM_RULES, SIZE_RULES, Demo, Size, SizeEvidence
+from arc.evidence.sources import NUM_SOURCES, SOURCES, source_values
+from arc.evidence.tables import NUM_COLOUR_TABLES, NUM_PROGRAM_TABLES, NUM_SOURCE_TABLES, NUM_TABLES, TABLES
 
 _REVISION = 3  # raise it when the meaning of a plane, anchor, source, rule or of the stored format changes
 
@@ -512,24 +512,3 @@ _DIGEST_BYTES = 32
 def _digest(key: str, payload: bytes) -> bytes:
     """SHA-256 over cache key and content, the first bytes of every cache file."""
     return hashlib.sha256(key.encode() + payload).digest()
-
-
-__all__ = [
-    "NUM_RULES",
-    "NUM_TABLES",
-    "SIZE_RULES",
-    "SOURCES",
-    "TABLES",
-    "VERSION",
-    "EvidenceStore",
-    "QueryEvidence",
-    "Size",
-    "SizeRule",
-    "Source",
-    "Table",
-    "TaskEvidence",
-    "TaskQueries",
-    "evidence_key",
-    "feedback_indices",
-    "table_weights",
-]

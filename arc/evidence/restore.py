@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.scene import Grid, Scene, Transform, crop
+from arc.evidence.scene import Grid, Scene, Transform, crop
 
 MaskPick = Callable[[Scene], "int | None"]
 

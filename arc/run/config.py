@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arc.flags import Arguments, Number
-from arc.tasks import read_json
+from arc.run.files import read_json
+from arc.run.flags import Arguments, Number
 
 OF_THE_PARSER = {"help", "config", "print_config"}
 # What a run's own record says of the command that made it, not of its settings.

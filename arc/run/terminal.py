@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import std
 from tqdm.auto import tqdm
 
-from arc.flags import ipython_shell
+from arc.run.flags import ipython_shell
 
 LINE_SECONDS = 30.0  # between two lines of a bar where nothing can be redrawn
 

@@ -1,6 +1,6 @@
 """The declared evidence tables: which features of an output cell make up its context, one table a line.
 
-To add a table, add a line; to add a feature, add a plane or an anchor in `arc/features.py` under a name.
+To add a table, add a line; to add a feature, add a plane or an anchor in `canvas.py` under a name.
 """
 
 from __future__ import annotations

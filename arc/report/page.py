@@ -3,7 +3,7 @@
     python -m arc.report RUN        (re-)makes RUN/report.html
 
 The page holds no script and its content security policy allows none, nor any request: whatever a task's name or a
-flag's value contains, it stays text. Curves are drawn by arc/charts.py, tasks by arc/gallery.py.
+flag's value contains, it stays text. Curves are drawn by charts.py, tasks by gallery.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arc import charts
-from arc.charts import Series, line_chart
-from arc.gallery import CSS as GALLERY_CSS
-from arc.gallery import (
+from arc.report import charts
+from arc.report.charts import Series, line_chart
+from arc.report.gallery import CSS as GALLERY_CSS
+from arc.report.gallery import (
     FILTERS,
     MAX_TASKS,
     Gallery,
@@ -33,8 +33,7 @@ from arc.gallery import (
     task_html,
     write_gallery,
 )
-from arc.runlog import replace_file
-from arc.tasks import read_json
+from arc.run.files import read_json, replace_file
 
 if TYPE_CHECKING:
     from arc.predict import PairPrediction  # which imports torch
@@ -403,7 +402,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

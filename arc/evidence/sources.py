@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.changes import SAME_SHAPE
-from arc.cuts import CUTS
-from arc.features import OUTSIDE, UNAVAILABLE, OutputCells
+from arc.evidence.canvas import OUTSIDE, UNAVAILABLE, OutputCells
+from arc.evidence.changes import SAME_SHAPE
+from arc.evidence.cuts import CUTS
 
 
 @dataclass(frozen=True)

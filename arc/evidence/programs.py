@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.changes import CHANGES
-from arc.cuts import CUTS
-from arc.drawing import DRAWINGS
-from arc.scene import Grid, Scene, Shape
+from arc.evidence.changes import CHANGES
+from arc.evidence.cuts import CUTS
+from arc.evidence.drawing import DRAWINGS
+from arc.evidence.scene import Grid, Scene, Shape
 
 MAX_LEFT_OUT = 3  # at most so many demonstrations are ever left out: a query, its feedback pair, the one being judged
 UNKNOWN, UNFIT = -1, -2

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.drawing import DRAWINGS
-from arc.features import OUTSIDE, Objects, region_rim
-from arc.restore import MASKS, mirrored, repeated
-from arc.scene import Grid, Scene, Shape, Transform, crop, inside, merge_runs
+from arc.evidence.canvas import OUTSIDE, Objects, region_rim
+from arc.evidence.drawing import DRAWINGS
+from arc.evidence.restore import MASKS, mirrored, repeated
+from arc.evidence.scene import Grid, Scene, Shape, Transform, crop, inside, merge_runs
 
 
 def _beside(*turns: Callable[[Grid], Grid], rows: int) -> Callable[[Grid], Grid]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arc.evaluate import exact, vote
-from arc.runlog import replace_file
-from arc.tasks import Grid, parse_grid, read_json
+from arc.run.files import read_json, replace_file
+from arc.tasks import Grid, parse_grid
 
 if TYPE_CHECKING:
     from arc.predict import PairPrediction  # which imports torch

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.changes import CHANGES
-from arc.features import Objects
-from arc.restore import MASKS, hidden_patch, mirrored, repeated
-from arc.scene import Grid, Scene, Transform, crop, inside, merge_runs
-from arc.sizes import lines, spans
+from arc.evidence.canvas import Objects
+from arc.evidence.changes import CHANGES
+from arc.evidence.restore import MASKS, hidden_patch, mirrored, repeated
+from arc.evidence.scene import Grid, Scene, Transform, crop, inside, merge_runs
+from arc.evidence.sizes import lines, spans
 
 ObjectKey = Callable[[Objects], np.ndarray]
 

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from arc.features import Canvas, background, first_seen
-from arc.sizes import lines, spans
+from arc.evidence.canvas import Canvas, background, first_seen
+from arc.evidence.sizes import lines, spans
 
 Grid = np.ndarray
 Shape = tuple[int, int]

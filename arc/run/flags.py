@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -102,53 +100,6 @@ class Arguments(argparse.ArgumentParser):
             reason = self._reason(action, arg_strings[0] if arg_strings else "", problem)
             self.problems.append(f"{'/'.join(action.option_strings)}: {reason}")
             return action.default
-
-
-def cannot_write(folder: Path) -> str | None:
-    """Why nothing could be written below `folder`, or None; creates nothing."""
-    place = folder.absolute()
-    try:
-        while not place.exists() and place != place.parent:
-            place = place.parent
-    except (OSError, ValueError) as error:
-        return _unreachable(folder, error)
-    if not place.is_dir():
-        return f"{place} is a file, not a folder"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return f"no permission to write in {place}"
-    return None
-
-
-def cannot_look(path: Path) -> str | None:
-    """Why it cannot even be told whether `path` is there (too long a name, a NUL in it, no permission), or None."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        return _unreachable(path, error)
-    return None
-
-
-def _unreachable(path: Path, error: OSError | ValueError) -> str:
-    """Too long a name, a NUL in it, no permission to look: the system's reason, with as much of the name as helps."""
-    return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
-
-
-def cannot_write_file(path: Path) -> str | None:
-    """Why `path` could not become a file, or replace the regular file that is there, or None; creates nothing."""
-    if problem := cannot_look(path):
-        return problem
-    if path.exists() and not path.is_file():
-        return f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file"
-    return cannot_write(path.parent)
-
-
-def default_cache() -> str:
-    """The user's cache folder."""
-    return os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "arc-trainloop"
-    )
 
 
 def ipython_shell() -> Any:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arc import events
-from arc.terminal import progress_bar, write_line
+from arc.report import events  # the run log opens it; moves to the caller
+from arc.run.files import replace_file
+from arc.run.terminal import progress_bar, write_line
 
 
 class RunLog:
@@ -49,7 +50,7 @@ class RunLog:
             self.events.close()
 
     def bar(self, iterable: Any = None, **options: Any) -> Any:
-        """A tqdm bar on stderr (see `arc.terminal.progress_bar`); none under --quiet."""
+        """A tqdm bar on stderr (see `arc.run.terminal.progress_bar`); none under --quiet."""
         return progress_bar(iterable, **{"disable": self.quiet, **options})
 
     def __call__(self, line: str = "", *, error: bool = False) -> None:
@@ -104,17 +105,3 @@ class RunLog:
 def _whole_lines(content: bytes) -> list[bytes]:
     """The lines that end as lines do; a torn one at the end is left out."""
     return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write `content` (text as UTF-8) to `path`; a reader finds the old file or the whole new one. Raises OSError."""
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

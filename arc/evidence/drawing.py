@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.features import Objects, region_rim
-from arc.scene import Grid, Scene, Transform
-from arc.sizes import lines, spans
+from arc.evidence.canvas import Objects, region_rim
+from arc.evidence.scene import Grid, Scene, Transform
+from arc.evidence.sizes import lines, spans
 
 Mask = np.ndarray
 Place = tuple[np.ndarray, np.ndarray]  # rows and columns

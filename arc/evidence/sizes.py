@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from arc.features import Canvas, Objects
+from arc.evidence.canvas import Canvas, Objects
 from arc.tasks import MAX_SIDE
 
 Size = tuple[int, int]
@@ -49,7 +49,7 @@ class View:
 
 
 class Programs(Protocol):
-    """What size rules use of `arc.programs.ProgramSearch`."""
+    """What size rules use of `arc.evidence.programs.ProgramSearch`."""
 
     def size(self, index: int, usable: Sequence[int]) -> Size | None: ...
 

@@ -1,0 +1,140 @@
+"""What everything that reads or writes files shares: checks of a path, JSON with limits, replacing a file whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MAX_FILE_BYTES = 256 * 2**20  # the largest public set is 4 MB; anything near this is not ARC data
+MAX_REPORTED = 10  # problems spelled out in one message
+
+
+class UserError(ValueError):
+    """Something that the user can mend: one line on stderr, exit code 2. Anything else that is raised is a fault of the
+    program and shows its traceback."""
+
+
+def cannot_write(folder: Path) -> str | None:
+    """Why nothing could be written below `folder`, or None; creates nothing."""
+    place = folder.absolute()
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+    except (OSError, ValueError) as error:
+        return _unreachable(folder, error)
+    if not place.is_dir():
+        return f"{place} is a file, not a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"no permission to write in {place}"
+    return None
+
+
+def cannot_look(path: Path) -> str | None:
+    """Why it cannot even be told whether `path` is there (too long a name, a NUL in it, no permission), or None."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return _unreachable(path, error)
+    return None
+
+
+def _unreachable(path: Path, error: OSError | ValueError) -> str:
+    """Too long a name, a NUL in it, no permission to look: the system's reason, with as much of the name as helps."""
+    return f"{str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}"
+
+
+def cannot_write_file(path: Path) -> str | None:
+    """Why `path` could not become a file, or replace the regular file that is there, or None; creates nothing."""
+    if problem := cannot_look(path):
+        return problem
+    if path.exists() and not path.is_file():
+        return f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file"
+    return cannot_write(path.parent)
+
+
+def default_cache() -> str:
+    """The user's cache folder."""
+    return os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "arc-trainloop"
+    )
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `path`; a reader finds the old file or the whole new one. Raises OSError."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> object:
+    """The value in a UTF-8 JSON file. Raises ValueError, one line naming the file, for anything that is not one."""
+    try:
+        return json.loads(_read_text(path), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start})"
+    except json.JSONDecodeError as error:
+        problem = f"is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+    except RecursionError:
+        problem = "is nested too deeply"
+    except ValueError as error:  # from the two helpers below, or an integer of thousands of digits
+        problem = str(error)
+    raise ValueError(one_line(f"{path}: {problem}"))
+
+
+def _read_text(path: Path) -> str:
+    """The text of a regular file (never of a pipe or a device, which could block or never end)."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"has {status.st_size >> 20} MiB, more than the {MAX_FILE_BYTES >> 20} MiB allowed")
+        return file.read().decode("utf-8-sig")
+
+
+def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(items)
+    if len(result) < len(items):
+        twice = Counter(key for key, _ in items).most_common(1)[0][0]
+        raise ValueError(f"has the key {describe(twice)} more than once in one object")
+    return result
+
+
+def join_problems(problems: Sequence[str]) -> str:
+    """All problems in one line: the first ten spelled out, the others counted, what cannot be printed escaped."""
+    more = len(problems) - MAX_REPORTED
+    return one_line("; ".join([*problems[:MAX_REPORTED], *([f"and {more} more"] if more > 0 else [])]))
+
+
+def describe(value: object) -> str:
+    """A JSON value for a message. Containers are not printed: they may be huge, or too deeply nested to print."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, dict):
+        return f"an object of {len(value)}" if value else "an empty object"
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def printable(text: str) -> str:
+    return text if text.isprintable() and 0 < len(text) <= 60 else describe(text)
+
+
+def one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
