@@ -59,6 +59,16 @@ class AgentOutput:
         size = self.predicted_size(query) if size is None else size
         return query.valid & (query.row < size[:, :1]) & (query.column < size[:, 1:])
 
+    def predicted_colours(self, query: QueryBatch) -> Tensor:
+        """(B, L) int64: the predicted colour of each token, -1 outside the predicted grid."""
+        return self.colour_logits[-1].argmax(-1).masked_fill(~self.inside_prediction(query), -1)
+
+    def pair_loss(self, query: QueryBatch) -> Tensor:
+        """(B,) mean cross-entropy of the target's cells, in nats."""
+        wanted = query.target >= 0
+        cells = F.cross_entropy(self.colour_logits[-1].transpose(1, 2), query.target.clamp(min=0), reduction="none")
+        return (cells * wanted).sum(1) / wanted.sum(1).clamp(min=1)
+
     def predicted_grid(self, query: QueryBatch, size: Tensor | None = None) -> Tensor:
         """(B, 30, 30) int64, -1 outside the grid: the hard prediction, at its native size (or at a known `size` (B,
         2))."""

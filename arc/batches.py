@@ -11,7 +11,7 @@ demonstration pair).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -237,6 +237,18 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
     return QueryBatch(**tensors, padded=not bool(valid.all()))
 
 
+def reverse_queries(grids: Tensor, query: QueryBatch, rows: Tensor) -> QueryBatch:
+    """Queries asking for the input of `grids` (n, 30, 30), which stand for the outputs of `query`'s rows (n,)."""
+    inputs, outputs = query.input_grid[rows].cpu().numpy(), grids.cpu().numpy()
+    dihedral, colours, owner = query.dihedral.tolist(), query.colours.tolist(), query.owner.tolist()
+    queries = []
+    for number, row in enumerate(rows.tolist()):
+        known = unpad_grid(inputs[number])
+        view = Augmentation(dihedral[row], tuple(colours[row]))
+        queries.append(Query(unpad_grid(outputs[number]), known, known.shape, None, view, owner[row]))
+    return collate_queries(queries).to(grids.device)
+
+
 def collate_in_buckets(queries: Sequence[Query]) -> list[QueryBatch]:
     """The queries in several batches of similar size, so that no batch is more than about a quarter padding; empty list
     for no queries. Their order is lost, `owner` says whose they are."""
@@ -403,6 +415,16 @@ class Folds(TensorBundle):
     judge: list[QueryBatch]  # the held-out demonstrations; owner: the fold
 
 
+@dataclass(frozen=True)
+class Round:
+    """Tasks under some of the views only: how a prediction that has to end in time goes over all tasks again and again.
+    first: with what decides the tasks' prompts (feedback, trial, folds), which later rounds know already."""
+
+    positions: tuple[int, ...]
+    views: tuple[int, ...]
+    first: bool
+
+
 MAX_FOLDS = 4  # more demonstrations than that are rare, and each costs as much again
 
 
@@ -418,6 +440,18 @@ class PredictionBatch(TensorBundle):
     feedback: list[QueryBatch]
     trial: list[QueryBatch]  # every demonstration, to be answered from the others
     folds: Folds | None  # to decide by how many refinement steps help, where that is asked for
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Maps a tuple of task positions to itself, once their evidence is there (computed in this process, and cached)."""
+
+    def __init__(self, tasks: Sequence[Task], store: EvidenceStore) -> None:
+        self.tasks, self.store = tasks, store
+
+    def __getitem__(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        for position in positions:
+            self.store.get(self.tasks[position])
+        return positions
 
 
 class PredictionData(torch.utils.data.Dataset):
@@ -436,33 +470,40 @@ class PredictionData(torch.utils.data.Dataset):
         self.tasks, self.store, self.encode = tasks, store, encode
         self.views, self.feedback_pairs, self.folds = views, feedback_pairs, folds
 
-    def __getitem__(self, positions: tuple[int, ...]) -> PredictionBatch:
-        texts: list[Sequence[int]] = []
+    def __getitem__(self, key: tuple[int, ...] | Round) -> PredictionBatch:
+        everything = tuple(range(len(self.views)))
+        wanted = key if isinstance(key, Round) else Round(key, everything, first=True)
         queries: list[Query] = []
-        feedback: list[Query] = []
-        trial: list[Query] = []
-        for owner, position in enumerate(positions):
+        demonstrations: list[list[Query]] = []  # of each task, every one to be answered from the others
+        for owner, position in enumerate(wanted.positions):
             task = self.tasks[position]
             known = self.store.get(task)
             for number, pair in enumerate(task.test):
                 evidence = known.test(number)
-                queries += [make_query(pair.input, None, evidence, view, owner, number) for view in self.views]
-            demonstrations = [
-                make_query(pair.input, pair.output, known.held_out(other), Augmentation.IDENTITY, owner)
-                for other, pair in enumerate(task.train)
-            ]
-            trial += demonstrations
-            feedback += [demonstrations[k] for k in feedback_indices(len(task.train), None, self.feedback_pairs)]
-            texts.append(self.encode(context_pairs(task)))
-        ids, lengths = pad_ids(texts)
+                views = [self.views[view] for view in wanted.views]
+                queries += [make_query(pair.input, None, evidence, view, owner, number) for view in views]
+            shown = enumerate(task.train) if wanted.first else ()
+            demonstrations.append(
+                [
+                    make_query(pair.input, pair.output, known.held_out(other), Augmentation.IDENTITY, owner)
+                    for other, pair in shown
+                ]
+            )
+        feedback = [
+            pairs[k]
+            for pairs in demonstrations
+            if pairs
+            for k in feedback_indices(len(pairs), None, self.feedback_pairs)
+        ]
+        ids, lengths = pad_ids([self.encode(context_pairs(self.tasks[position])) for position in wanted.positions])
         return PredictionBatch(
             context_ids=ids,
             context_lengths=lengths,
-            task=torch.tensor(positions),
+            task=torch.tensor(wanted.positions),
             query=collate_in_buckets(queries),
             feedback=collate_in_buckets(feedback),
-            trial=collate_in_buckets(trial),
-            folds=self.folds_of(positions) if self.folds else None,
+            trial=collate_in_buckets([query for pairs in demonstrations for query in pairs]),
+            folds=self.folds_of(wanted.positions) if self.folds and wanted.first else None,
         )
 
     def folds_of(self, positions: Sequence[int]) -> Folds:
@@ -521,17 +562,3 @@ def pad_ids(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for index, text in enumerate(texts):
         ids[index, : len(text)] = torch.as_tensor(text, dtype=torch.long)
     return ids, lengths
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Yields (epoch, batch) keys of one epoch from batch `start` on: how a resumed run enters in mid-epoch."""
-
-    def __init__(self, batches: Sequence[tuple[Episode, ...]], epoch: int, start: int = 0) -> None:
-        self.batches, self.epoch, self.start = batches, epoch, start
-
-    def __iter__(self) -> Iterator[tuple[int, tuple[Episode, ...]]]:
-        for batch in self.batches[self.start :]:
-            yield self.epoch, batch
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.start

@@ -19,6 +19,10 @@ class Precision:
     def name(self) -> str:
         return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.dtype]
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Matrix products in bf16 or fp16; losses and log-probabilities are computed in fp32 all the same."""
+        return torch.autocast(device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
 
 def resolve_device(choice: str) -> torch.device:
     """The device for --device auto|cpu|cuda|mps. ValueError, one line, if this machine does not have it."""

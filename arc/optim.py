@@ -118,11 +118,11 @@ class JointOptimizer:
         for optimizer in self.optimizers.values():
             scaler.unscale_(optimizer)
 
-    def clip(self, max_norm: float) -> dict[str, float]:
+    def clip(self, max_norm: float) -> dict[str, Tensor]:
         """Clip each named group to `max_norm` by its own global norm (0 or less: do not clip). Returns the norms
-        before."""
+        before, () each, still on the device: reading them is a wait, and the caller has more to read."""
         limit = max_norm if max_norm > 0 else math.inf
-        return {name: float(nn.utils.clip_grad_norm_(params, limit)) for name, params in self.groups.items()}
+        return {name: nn.utils.clip_grad_norm_(params, limit) for name, params in self.groups.items()}
 
     def step(self, scaler: torch.amp.GradScaler, *, finite: bool) -> bool:
         """One update of all optimizers, or of none if the gradients are not finite. Returns whether it was made.

@@ -6,19 +6,35 @@ Predicting looks at no test output; `score_predictions` is the only place that d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from arc.agent import AgentOutput
 from arc.augment import Augmentation
-from arc.batches import PredictionBatch, QueryBatch, unpad_grid
-from arc.evaluate import Attempts, PairResult, SplitScore, cell_accuracy, paired_delta, score_split, two_attempts, vote
+from arc.batches import PredictionBatch, QueryBatch, Round, unpad_grid
+from arc.evaluate import (
+    Attempts,
+    PairResult,
+    SplitScore,
+    cell_accuracy,
+    paired_delta,
+    score_split,
+    two_attempts,
+    vote,
+    write_submission,
+)
 from arc.evidence import EvidenceStore
+from arc.run.runlog import RunLog
+from arc.splits import Split
 from arc.tasks import Grid, Task
 
+T = TypeVar("T")
 # queries with the agent's output under the unrefined and under the refined prompt
 TwoPasses = tuple[QueryBatch, AgentOutput, AgentOutput]
 
@@ -60,9 +76,9 @@ class PairPrediction:
         answer, or the agent's where the tables agree. Where the evidence is silent the agent has both.
         """
         views = self.agent(refined=refined)
-        if not self.evidence:
-            return two_attempts(views, vote(self.before))
-        if self.trusted:
+        if not self.evidence:  # without views either, as where the time was up, the blank vote stands
+            return two_attempts(views or [self.training_free], vote(self.before))
+        if self.trusted and views:
             return two_attempts([views[0], self.training_free, *self._dissent(), *views], vote(self.before))
         return two_attempts([self.training_free, *self._dissent(), *views], vote(self.before))
 
@@ -82,14 +98,23 @@ def all_attempts(pairs: Iterable[PairPrediction]) -> dict[str, list[Attempts]]:
     return attempts
 
 
+def evidence_answer(task: Task, number: int, store: EvidenceStore) -> PairPrediction:
+    """What stands before the agent has said anything: the evidence's answer at test pair `number`."""
+    evidence = store.get(task).test(number)
+    grid, votes = evidence.vote()
+    return PairPrediction(task, number, grid, evidence=bool(votes.any()), dissent=evidence.dissent(grid))
+
+
 def predict_tasks(
     tasks: Sequence[Task],
     batches: Iterable[PredictionBatch],
     predict: Callable[[PredictionBatch], BatchPrediction],
     store: EvidenceStore,
+    known: Mapping[tuple[int, int], PairPrediction] | None = None,
 ) -> list[PairPrediction]:
-    """Every test pair of `tasks`, in their order; `batches` hold positions in `tasks`."""
-    found: dict[tuple[int, int], PairPrediction] = {}
+    """Every test pair of `tasks`, in their order; `batches` hold positions in `tasks` and may come back to a task with
+    other views. known: what was answered before, by (position, test pair); it stands where no batch comes."""
+    found = dict(known or {})
     for batch in batches:
         positions, predicted = batch.task.tolist(), predict(batch)
         for query, before, after in predicted.passes:
@@ -98,6 +123,45 @@ def predict_tasks(
         for (position, _), pair in found.items():
             pair.trusted = trusted.get(position, pair.trusted)
     return [found[key] for key in sorted(found)]
+
+
+def rounds_of(order: Sequence[tuple[int, ...]], views: int) -> list[Round]:
+    """All tasks under the first view, then all under the second, ...: wherever that is cut off, no pair has more than
+    one view more than another."""
+    return [Round(positions, (view,), first=view == 0) for view in range(views) for positions in order]
+
+
+def answers_in_time(
+    tasks: Sequence[Task], prepared: Iterable[Sequence[int]], store: EvidenceStore, deadline: float
+) -> dict[tuple[int, int], PairPrediction]:
+    """The evidence's answer for every pair, task by task as their evidence is `prepared` (positions); a task that is
+    not reached by `deadline` (time.monotonic) is answered with its input."""
+    found: dict[tuple[int, int], PairPrediction] = {}
+    for positions in until(prepared, deadline):
+        for position in positions:
+            for number in range(len(tasks[position].test)):
+                found[position, number] = evidence_answer(tasks[position], number, store)
+    for position, task in enumerate(tasks):
+        for number, pair in enumerate(task.test):
+            found.setdefault((position, number), PairPrediction(task, number, pair.input, evidence=False))
+    return found
+
+
+def until(items: Iterable[T], deadline: float) -> Iterator[T]:
+    """The items while time.monotonic() is before `deadline`: looked at before each, so one may overrun it."""
+    iterator = iter(items)
+    while time.monotonic() < deadline:
+        try:
+            yield next(iterator)
+        except StopIteration:
+            return
+
+
+def views_reached(pairs: Sequence[PairPrediction]) -> str:
+    """How many views the pairs got, for people: "3 views each" or "1 to 2 views each"."""
+    counts = [len(pair.after) for pair in pairs] or [0]
+    least, most = min(counts), max(counts)
+    return f"{most} views each" if least == most else f"{least} to {most} views each"
 
 
 def collect(
@@ -116,10 +180,7 @@ def collect(
     for row, (owner, number) in enumerate(zip(query.owner.tolist(), query.number.tolist(), strict=True)):
         key = (positions[owner], number)
         if key not in found:
-            task = tasks[key[0]]
-            evidence = store.get(task).test(number)
-            grid, votes = evidence.vote()
-            found[key] = PairPrediction(task, number, grid, evidence=bool(votes.any()), dissent=evidence.dissent(grid))
+            found[key] = evidence_answer(tasks[key[0]], number, store)
         view = Augmentation(dihedral[row], tuple(colours[row]))
         found[key].before.append(view.invert(unpad_grid(grids[0][row])))
         found[key].after.append(view.invert(unpad_grid(grids[1][row])))
@@ -163,12 +224,12 @@ def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport
             (answers, pair.attempts()),
             (befores, pair.attempts(refined=False)),
             (votes, pair.training_free_attempts()),
-            (agents, two_attempts(pair.agent(), [])),
+            (agents, two_attempts(pair.agent() or [pair.training_free], [])),
         ):
             results.append(PairResult(pair.task.id, pair.test_index, target, attempts))
         for when, grids in (("before", pair.before), ("after", pair.after)):
-            cells[when].append(float(np.mean([cell_accuracy(grid, target) for grid in grids])))
-    delta, error = paired_delta(cells["before"], cells["after"]) if answers else (math.nan, math.nan)
+            cells[when] += [float(np.mean([cell_accuracy(grid, target) for grid in grids]))] if grids else []
+    delta, error = paired_delta(cells["before"], cells["after"]) if cells["after"] else (math.nan, math.nan)
     return SplitReport(
         score=score_split(name, answers),
         before=score_split(name, befores),
@@ -177,3 +238,42 @@ def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport
         delta=delta,
         delta_error=error,
     )
+
+
+def score_splits(
+    predicted: Mapping[str, Sequence[PairPrediction]], labels: Mapping[str, str], log: Callable[[str], None]
+) -> dict[str, SplitReport]:
+    """Score the splits that have solutions; say so where none are given."""
+    reports = {}
+    for name, pairs in predicted.items():
+        report = score_predictions(name, pairs)
+        if report.score.pairs:
+            reports[name] = report
+        else:
+            log(f"{labels[name]}: no solutions are given; the attempts are in predictions-{name}.json")
+    return reports
+
+
+def keep_attempts(folder: Path, split: Split, pairs: Sequence[PairPrediction], log: Callable[[str], None]) -> None:
+    """Write a split's attempts into the run's folder; say so and go on where that is not possible."""
+    try:
+        write_submission(folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
+    except (ValueError, OSError) as problem:
+        log(f"Predictions of the {split.name} split are not written: {problem}")
+
+
+def submit(path: str, predicted: Mapping[str, Sequence[PairPrediction]], tasks: Sequence[Task], log: RunLog) -> int:
+    """--submission: write the file, read back and checked, and log what is in it. Returns the exit code."""
+    pairs = [pair for part in predicted.values() for pair in part]
+    try:
+        write_submission(path, all_attempts(pairs), tasks)
+    except ValueError as problem:  # a full disk, a folder that is gone: it was writable when the command started
+        log(f"error: --submission: {problem}", error=True)
+        return 1
+    score = score_predictions("submission", pairs).score
+    scored = f"{score.pass2_pairs} of {score.pairs} with a given solution right, {score.whole_tasks} tasks whole"
+    log(
+        f"Submission: {path}, {len(tasks)} tasks, {len(pairs)} test inputs, two "
+        f"attempts each; {scored if score.pairs else 'no solutions are given, so nothing is scored'}"
+    )
+    return 0

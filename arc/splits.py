@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from arc.tasks import Task, same_content
+from arc.controls import carve
+from arc.datasets import load_dataset
+from arc.run.files import UserError
+from arc.tasks import DataSet, Task, drop_duplicates, same_content
 
 # The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
 NEW = -2
@@ -40,6 +44,11 @@ class Split:
     name: str
     tasks: tuple[Task, ...]
     numbers: tuple[int, ...]
+
+    @property
+    def pairs(self) -> int:
+        """How many test pairs there are."""
+        return sum(len(task.test) for task in self.tasks)
 
     def first(self, limit: int) -> Split:
         """The split with its first `limit` tasks only; 0: all."""
@@ -123,3 +132,69 @@ def splits_by_content(tasks: Sequence[Task], trained: Tensor) -> tuple[Split, ..
         for name, part in parts.items()
         if part
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a command trains on and predicts
+
+
+class Choice(Protocol):
+    """The flags that decide it."""
+
+    data: str
+    unseen: str
+    adapt: bool
+    dev: bool
+    dev_tasks: int
+    seed: int
+    val_splits: tuple[str, ...]
+
+
+def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tuple[tuple[Task, ...], tuple[Split, ...]]:
+    """What is trained on, and the splits of --val_splits.
+
+    A training task that is also an evaluation task, by content, is not trained on: the unseen split holds it back,
+    and the adapted one trains on the evaluation set's copy, whose test pairs are scored.
+    """
+    if not data.training and not args.adapt:
+        raise UserError(
+            f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
+            "trains on their demonstration pairs, --eval_only predicts them"
+        )
+    if args.dev:
+        development = carve(data.training, whole=args.dev_tasks, seed=args.seed)
+        log(str(development))
+        unseen, seen = development.unseen, development.seen
+        splits = {
+            "dev_unseen": Split("dev_unseen", unseen, (NEW,) * len(unseen)),
+            "dev_seen": Split("dev_seen", seen, tuple(range(len(seen)))),
+        }
+        return development.training, tuple(splits[each] for each in args.val_splits if splits[each].tasks)
+    name = "adapted" if args.adapt else "unseen"
+    kept: tuple[Task, ...] = data.training
+    evaluation: tuple[Task, ...] = ()
+    if name in args.val_splits or args.adapt:
+        evaluation = load_dataset(args.unseen).evaluation if data.training else data.evaluation
+        if not evaluation:
+            raise UserError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
+        kept, dropped = drop_duplicates(data.training, evaluation)
+        if dropped:
+            log(
+                f"{name.capitalize()} split: {len(dropped)} of {len(data.training)} training tasks are also among the "
+                f"{len(evaluation)} evaluation tasks and are {'trained on once' if args.adapt else 'not trained on'}"
+            )
+    added, numbers = adapted_tasks(evaluation, len(kept)) if args.adapt else ((), (NEW,) * len(evaluation))
+    if not kept and not added:
+        raise UserError(
+            f"--unseen {args.unseen}: every training task is also an evaluation task; nothing is left to train"
+        )
+    splits = {"seed": Split("seed", kept, tuple(range(len(kept)))), name: Split(name, evaluation, numbers)}
+    chosen = tuple(splits[each] for each in args.val_splits if splits[each].tasks)
+    if not chosen:
+        raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data {args.data}")
+    return kept + added, chosen
+
+
+def all_tasks(data: DataSet) -> list[Task]:
+    """Every task of the data, whatever part it is in, by id."""
+    return sorted(data.training + data.evaluation, key=lambda task: task.id)

@@ -228,7 +228,8 @@ def measure(
     them."""
     methods, counter = Methods(run, seed), PassCounter(run.agent)
     outcomes = {name: Outcome() for name in methods.by_name if any(part in name for part in wanted)}
-    with run.average.applied() if run.average else contextlib.nullcontext(), torch.no_grad(), run.autocast():
+    averaged = run.average.applied() if run.average else contextlib.nullcontext()
+    with averaged, torch.no_grad(), run.precision.autocast(run.device):
         for batch in prediction_batches(run, split.tasks, views):
             positions = batch.task.tolist()
             batch.task = torch.tensor([split.numbers[i] for i in positions], device=run.device)

@@ -19,7 +19,6 @@ from arc.augment import Augmentation, apply_dihedral, evaluation_views
 from arc.batches import (
     OUTSIDE,
     Episode,
-    EpochSampler,
     PredictionData,
     Query,
     TensorBundle,
@@ -39,6 +38,7 @@ from arc.batches import (
 )
 from arc.datasets import load_dataset
 from arc.evidence import CLASS_WEIGHTS, NUM_RULES, NUM_TABLES, QueryEvidence
+from arc.loading import EpochSampler
 from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import Run, rng_state, training_data
 

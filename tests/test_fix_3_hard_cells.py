@@ -17,12 +17,13 @@ from arc.agent import AgentOutput
 from arc.augment import Augmentation
 from arc.batches import Query, QueryBatch, collate_queries
 from arc.efe import risk
-from trainloop_complete_with_fixes import Run, cell_weights, grid_weights, hard_cell_mask
+from trainloop_complete_with_fixes import Run, hard_cell_mask
 
 # The seed's worked example: two of nine cells are wrong.
 TARGET = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
 PREDICTED = np.array([[1, 0, 3], [4, 5, 0], [7, 8, 9]], np.uint8)
 WRONG = torch.tensor([False, True, False, False, False, True, False, False, False])
+UNSOLVED = torch.tensor([False])
 
 
 def example(predicted: np.ndarray, target: np.ndarray) -> tuple[AgentOutput, QueryBatch]:
@@ -45,7 +46,8 @@ def pull(build: SmallBuild, predicted: np.ndarray, *flags: str) -> Tensor:
     run = build(*flags)
     output, query = example(predicted, TARGET)
     gradients = []
-    for weights in (cell_weights(run, output, query), torch.ones_like(query.target, dtype=torch.float32)):
+    hard = run.fixes.hard_cells(output, query, UNSOLVED).cell
+    for weights in (hard, torch.ones_like(hard)):
         loss = risk(output.colour_logits, query.target, weights)
         gradients.append(torch.autograd.grad(loss, output.colour_logits[0])[0].norm(dim=-1))
     return (gradients[0] / gradients[1])[0]
@@ -72,7 +74,7 @@ def test_a_grid_that_is_all_right_gets_the_plain_mean(small_build: SmallBuild, f
 def test_a_target_cell_outside_the_predicted_grid_is_wrong(small_build: SmallBuild) -> None:
     output, query = example(PREDICTED, TARGET)
     narrow = AgentOutput(output.colour_logits, sure_of_size(3, 2))
-    weights = cell_weights(small_build("--hard_floor", "0"), narrow, query)
+    weights = small_build("--hard_floor", "0").fixes.hard_cells(narrow, query, UNSOLVED).cell
     assert weights.reshape(3, 3).tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 1]]
 
 
@@ -100,7 +102,7 @@ def test_weights_of_any_cells(cells: list[tuple[int, int]], floor: float) -> Non
 
 
 def weight(run: Run, example: tuple[AgentOutput, QueryBatch], *, vote_right: bool = False) -> float:
-    return float(grid_weights(run, *example, torch.tensor([vote_right])))
+    return float(run.fixes.hard_cells(*example, torch.tensor([vote_right])).grid)
 
 
 def test_a_nearly_right_grid_weighs_more_than_a_hopeless_one(small_build: SmallBuild) -> None:

@@ -17,7 +17,7 @@ from arc.augment import Augmentation
 from arc.batches import Query, collate_queries, unpad_grid
 from arc.efe import TERMS, EfeWeights, risk, size_loss
 from policy_refined import Prediction, compute_reward, expected_reward
-from trainloop_complete_with_fixes import Run, SizeWarmupCurriculum, cell_weights, goal_oriented_loss, soft_prediction
+from trainloop_complete_with_fixes import Run, SizeWarmupCurriculum, goal_oriented_loss, soft_prediction
 
 EXPECTED = [1.000, 0.833, 0.667, 0.500, 0.500]
 
@@ -85,7 +85,7 @@ def test_any_sizes_give_a_loss_and_a_reward(
     reward, breakdown = compute_reward(*answers, query.target_grid, query.input_grid)
     assert torch.isfinite(reward).all() and bool(breakdown["d_size"] > 0) == (predicted != target)
     soft = soft_prediction(output, query)
-    weights = cell_weights(run, output, query)
+    weights = run.fixes.hard_cells(output, query, torch.tensor([False])).cell
     efe = risk(output.colour_logits, query.target, weights) + size_loss(output.size_logits, query.target_size)
     loss = goal_oriented_loss(efe, expected_reward(soft, soft, query.target_grid).mean())
     loss.backward()

@@ -70,7 +70,7 @@ def test_offers_are_judged_by_the_threshold(small_build: SmallBuild) -> None:
         run = small_build("--augment", "none", *flags)
         batch = next(b for b in train_batches(run, 6) if len(b.task.unique()) == len(b.task) == len(solved))
         prompt, embedding = read_prompt(run, batch)
-        return remember(run, batch, embedding, prompt, solved)
+        return remember(run, batch.task, embedding, prompt, solved)
 
     assert stored() == 3
     assert stored("--ablate", "5") == 0
@@ -124,6 +124,6 @@ def test_what_is_stored_changes_the_prompts_of_other_tasks(small_build: SmallBui
     batch = next(b for b in train_batches(run, 6) if len(b.task.unique()) > 1)
     empty, embedding = read_prompt(run, batch)
     owner = int(batch.task[0])
-    assert run.memory.offer(embedding[0].detach(), torch.ones(2, 8), owner, 1.0, run.threshold.get_threshold(), 0)
+    assert run.memory.offer(embedding[0].detach(), torch.ones(2, 8), owner, 1.0, run.fixes.threshold.get_threshold(), 0)
     changed = (read_prompt(run, batch)[0] != empty).flatten(1).any(1)
     assert changed.tolist() == (batch.task != owner).tolist()  # a task does not read its own entry

@@ -93,7 +93,7 @@ def test_the_adapter_and_the_head_train_and_the_base_does_not(small_build: Small
     train_on(run, batches[1:])
     assert moved(run, before) == down | up | head
     assert [row["qwen_grad"] > 0 for row in rows_of(run)] == [True] * 3
-    assert run.flags_raised == set()
+    assert run.alarms.raised == set()
 
 
 def test_the_monitor_is_not_fooled_by_matrices_that_start_at_zero(small_build: SmallBuild) -> None:

@@ -140,7 +140,7 @@ def test_trust_reaches_the_pairs_of_its_task(small_build: SmallBuild) -> None:
     numbers = torch.arange(3)
 
     def predict(batch):
-        predicted = predict_batch(run, numbers, batch)
+        predicted = predict_batch(run, numbers, {}, batch)
         predicted.trusted = [position == 1 for position in batch.task.tolist()]
         return predicted
 

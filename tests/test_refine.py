@@ -189,7 +189,7 @@ def test_one_step_is_the_policy_s_action_bit_for_bit(run: Run, batch: Prediction
 def test_refining_is_repeatable_and_draws_nothing(run: Run, batch: PredictionBatch) -> None:
     before = torch.get_rng_state()
     new = torch.full((int(batch.task.max()) + 1,), NEW)
-    first, second = (predict_batch(run, new, batch).passes for _ in range(2))
+    first, second = (predict_batch(run, new, {}, batch).passes for _ in range(2))
     assert same_bits(torch.get_rng_state(), before)
     for (_, _, a), (_, _, b) in zip(first, second, strict=True):
         assert equal([*a.colour_logits, a.size_logits], [*b.colour_logits, b.size_logits])

@@ -31,7 +31,8 @@ from helpers import (
     timeless,
 )
 
-from trainloop_complete_with_fixes import TrainState, epoch_of_weights, prompt_spread
+from arc.run.records import TrainState
+from trainloop_complete_with_fixes import prompt_spread
 
 EPOCHS = 2
 NUMBER = r"\d+\.\d{4}"
@@ -423,7 +424,7 @@ def test_the_same_prompt_for_the_same_context_is_no_collapse() -> None:
     ("epoch", "batch", "trained", "last"), [(0, 0, False, 0), (0, 3, False, 0), (1, 6, True, 1), (2, 0, False, 1)]
 )
 def test_the_epoch_of_the_weights(epoch: int, batch: int, trained: bool, last: int) -> None:
-    assert epoch_of_weights(TrainState(epoch=epoch, batch=batch, trained=trained)) == last
+    assert TrainState(epoch=epoch, batch=batch, trained=trained).trained_epoch == last
 
 
 def test_predictions_that_cannot_be_written_do_not_end_the_run(small_run: SmallRun, tmp_path: Path) -> None:

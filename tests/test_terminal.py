@@ -16,9 +16,9 @@ import pytest
 from conftest import Outcome, SmallBuild, SmallRun, train_batches
 from helpers import ROOT, SCRIPT
 
+from arc.loading import Unprepared
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, duration
-from trainloop_complete_with_fixes import count_prepared, evidence_bar
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +99,13 @@ def test_bar_over_an_iterable(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def test_evidence_that_is_prepared_is_counted_once(small_build: SmallBuild, tmp_path: Path) -> None:
     run = small_build("--cache_dir", str(tmp_path / "cold"))
-    assert evidence_bar(run).total == 6
+    unprepared = Unprepared(run.training, run.store)
+    assert len(unprepared) == 6
     batches = train_batches(run, 6)
-    counts = [count_prepared(run, batch) for batch in batches]
+    counts = [unprepared.met(batch.task.tolist()) for batch in batches]
     assert sum(counts) == len({task for batch in batches for task in batch.task.tolist()}) > 1
-    assert [count_prepared(run, batch) for batch in batches] == [0] * 6
-    assert evidence_bar(run).total == 6 - sum(counts)  # the store has them now
+    assert [unprepared.met(batch.task.tolist()) for batch in batches] == [0] * 6
+    assert len(unprepared) == len(Unprepared(run.training, run.store)) == 6 - sum(counts)  # the store has them now
 
 
 def test_pace_leaves_the_first_batch_out_and_speaks_once(monkeypatch: pytest.MonkeyPatch) -> None:

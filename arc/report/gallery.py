@@ -133,7 +133,7 @@ def make_gallery(split: str, predictions: Sequence[PairPrediction], *, step: int
     shown: dict[str, list[ShownPair]] = {}
     for found in predictions:
         pair = found.task.test[found.test_index]
-        before, after = vote(found.before)[0], vote(found.after)[0]
+        before, after = ((vote(views) or [found.training_free])[0] for views in (found.before, found.after))
         picture = ShownPair(found.test_index, pair.input, before, after, found.attempts(), pair.output)
         shown.setdefault(found.task.id, []).append(picture)
     tasks = {found.task.id: found.task for found in predictions}

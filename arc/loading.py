@@ -1,0 +1,103 @@
+"""From a data set of batches to a loader of them: workers, their signals, their end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from arc.batches import Episode
+from arc.evidence import EvidenceStore
+from arc.tasks import Task
+
+PATIENCE = 600.0  # seconds for one batch: evidence of a batch's tasks takes some; nothing here waits for ever
+
+
+class WorkerLost(RuntimeError):
+    """A process that prepares batches has ended or does not answer; one line."""
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Yields (epoch, batch) keys of one epoch from batch `start` on: how a resumed run enters in mid-epoch."""
+
+    def __init__(self, batches: Sequence[tuple[Episode, ...]], epoch: int, start: int = 0) -> None:
+        self.batches, self.epoch, self.start = batches, epoch, start
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[Episode, ...]]]:
+        for batch in self.batches[self.start :]:
+            yield self.epoch, batch
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start
+
+
+def worker_count(asked: int) -> int:
+    """--workers, by default (-1) one less than there are cores, between 1 and 4."""
+    return asked if asked >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
+
+
+def make_loader(data: torch.utils.data.Dataset, sampler: Any, *, workers: int, pin_memory: bool) -> DataLoader:
+    """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached."""
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        timeout=PATIENCE if workers else 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else it draws from the global one, and a resumed run differs by that draw
+    )
+
+
+def start_worker(_: int) -> None:
+    """Signals are for the main process, which saves first and ends its workers afterwards: those to the whole process
+    group (Ctrl-C, `timeout`, SLURM, systemd) must not take a worker away while its batch is waited for."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP is not there on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """What the loader gives; WorkerLost, one line, where a worker was lost on the way."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+            raise
+        reason = text.splitlines()[0].rstrip(".")
+        raise WorkerLost(f"{reason} (out of memory, or /dev/shm is full?); --workers 0 needs no processes") from error
+
+
+def end_workers(before: Sequence[Any]) -> None:
+    """End the child processes that were not there `before` (multiprocessing.active_children()). They ignore SIGTERM, by
+    which Python would end them at its exit and then wait for ever for one that does not answer."""
+    known = {child.pid for child in before}
+    for child in multiprocessing.active_children():
+        if child.pid not in known and child.daemon:
+            child.kill()
+            child.join(5)
+
+
+class Unprepared:
+    """Training tasks whose evidence this process has yet to wait for, which the workers prepare as tasks come up."""
+
+    def __init__(self, tasks: Sequence[Task], store: EvidenceStore) -> None:
+        self.left = {number for number, task in enumerate(tasks) if not store.is_prepared(task)}
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def met(self, tasks: Sequence[int]) -> int:
+        """How many of a batch's tasks had to be prepared for it."""
+        found = self.left & set(tasks)
+        self.left -= found
+        return len(found)

@@ -1,0 +1,53 @@
+"""Which folder a command works in, and which checkpoint it continues from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from arc.run.files import UserError, cannot_look
+
+
+class Place(Protocol):
+    """The flags that decide it."""
+
+    resume: str | None
+    output_dir: str | None
+    backup_dir: str | None
+    eval_only: bool
+
+
+def open_run_folder(args: Place, find_newest_run: Callable[[str], Path | None]) -> tuple[Path, str | None]:
+    """The run's folder and, on resume, which checkpoint to continue from. UserError for what the user can mend.
+    find_newest_run: the newest run with a checkpoint below a folder, if there is one."""
+    if args.resume is None:
+        folder = Path(args.output_dir or f"runs/arc_complete_{time.strftime('%Y%m%d_%H%M%S')}")
+        if folder.is_dir() and any(folder.glob("step-*")):
+            raise UserError(
+                f"--output_dir: {folder} holds a run already; continue it with --resume or choose another folder"
+            )
+        return folder, None
+    which: str = args.resume
+    if which in ("latest", "best"):
+        found = Path(args.output_dir) if args.output_dir else find_newest_run("runs")
+        if found is None and args.backup_dir and (mirrored := find_newest_run(args.backup_dir)):
+            found = Path("runs") / mirrored.name  # a new machine: the checkpoints are fetched from the backup
+        if found is None:
+            raise UserError("--resume: no run with a checkpoint under runs/; give its folder with --output_dir")
+    elif problem := cannot_look(Path(which)):
+        raise UserError(f"--resume: {problem}")
+    elif (Path(which) / "manifest.json").is_file():
+        found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
+        if args.eval_only:  # the checkpoint is only read, wherever it lies; logs and predictions go to --output_dir
+            return found, which
+    else:  # a run's folder is as good as its name under --output_dir
+        found, which = Path(which), "latest"
+        if args.output_dir and Path(args.output_dir).resolve() != found.resolve():
+            raise UserError(f"--resume: {found} is not a checkpoint, and --output_dir names another folder")
+    if not args.backup_dir and not any([*found.glob("step-*"), *found.glob("best-*")]):
+        if which not in ("latest", "best"):
+            raise UserError(f"--resume: {which} is not a checkpoint of the run in --output_dir {found}")
+        raise UserError(f"--resume: no checkpoint in {found}")
+    return found, which

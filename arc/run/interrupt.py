@@ -1,0 +1,47 @@
+"""Signals: finish the optimizer step, save, leave."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Interrupted(Exception):
+    """SIGINT, SIGTERM or SIGHUP arrived; args[0] is the signal's number."""
+
+
+class StopSignal:
+    """The signal that asks this run to end, if one has arrived. The first is obeyed after the step that is being made;
+    a second one ends at once (KeyboardInterrupt)."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log, self.number = log, 0
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived."""
+        if self.number:
+            raise Interrupted(self.number)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup) are handled here; afterwards as
+        before. Outside the main thread, as in some notebook front ends, the caller's handling stays."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous: dict[int, Any] = {}
+        try:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                previous = {number: signal.signal(number, self._handle) for number in numbers}
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        self.log(f"{signal.Signals(number).name}: saving and leaving after this step (again to leave at once)")

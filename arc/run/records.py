@@ -1,0 +1,214 @@
+"""What a run says of itself: the rows and lines of batches, epochs and validations, and the red flags.
+
+Nothing here decides anything for the training but to stop under --strict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from arc.run.runlog import RunLog
+
+if TYPE_CHECKING:
+    from arc.predict import SplitReport
+
+RULE = "=" * 70
+SUMMED = ("loss", "reward", "solved", "vote_solved", "mask_ratio", "cells", "cells_processed", "qwen_grad")
+
+
+@dataclass
+class TrainState:
+    """Where the run is. Every field is in each checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch whose optimizer step is done
+    step: int = 0  # batches of the whole run whose optimizer step is done
+    updates: int = 0  # optimizer steps made
+    skipped_steps: int = 0  # optimizer steps skipped for non-finite gradients
+    queries: int = 0  # queries trained on
+    trained: bool = False  # this epoch's batches are done, its summary and validation are not
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch, for its summary
+    memory_updates: int = 0  # of this epoch
+    memory_offers: int = 0
+    accuracy_delta: float = math.nan  # of the last validation
+    val_accuracy: float = math.nan
+
+    @property
+    def trained_epoch(self) -> int:
+        """The epoch that was trained last; between two epochs the state is at the beginning of the next."""
+        return max(0, self.epoch - (self.batch == 0 and not self.trained))
+
+    def count(self, row: Mapping[str, Any]) -> None:
+        """Take in the row of a batch whose optimizer step is done."""
+        self.batch, self.step = self.batch + 1, self.step + 1
+        self.queries += row["queries"]
+        self.memory_updates += row["stored"]
+        self.memory_offers += row["offers"]
+        values = {**{key: row[key] for key in SUMMED}, "batches": 1.0, "reward_square": row["reward"] ** 2}
+        for key, value in values.items():
+            if math.isfinite(value):
+                self.sums[key] = self.sums.get(key, 0.0) + value
+            else:  # left out of the mean, which is over the others
+                self.sums[f"{key}.missing"] = self.sums.get(f"{key}.missing", 0.0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Means over this epoch's batches, non-finite values left out; NaN where there is none."""
+        batches = max(1.0, self.sums.get("batches", 0.0))
+        means = {k: v / max(1.0, batches - self.sums.get(f"{k}.missing", 0.0)) for k, v in self.sums.items()}
+        return {**dict.fromkeys(SUMMED, math.nan), "qwen_grad": 0.0, **means}
+
+    def next_epoch(self) -> None:
+        """The epoch is over, with everything that belongs to it."""
+        self.epoch, self.batch, self.trained, self.sums = self.epoch + 1, 0, False, {}
+        self.memory_updates = self.memory_offers = 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# red flags
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RedFlag(RuntimeError):
+    """A red flag under --strict: the run saves and stops with exit code 3."""
+
+
+class Alarms:
+    """The seed's red flags, checked by the program: each kind is named once, and under --strict stops the run."""
+
+    def __init__(self, log: RunLog, *, strict: bool) -> None:
+        self.log, self.strict = log, strict
+        self.raised: set[str] = set()
+
+    def sound(self, name: str, message: str) -> None:
+        """Warn once for each kind of flag; under --strict stop the run (it is saved first)."""
+        if name not in self.raised:
+            self.raised.add(name)
+            self.log(f"RED FLAG: {message}")
+            if self.strict:
+                raise RedFlag(message)
+
+    def check_batch(self, row: Mapping[str, Any]) -> None:
+        """After each optimizer step, for each of its batches."""
+        if row["qwen_grad"] == 0.0:
+            self.sound("qwen", "Qwen_grad: 0.00e+00, Qwen is not training (FIX #1)")
+        if row["mask_ratio"] < 1e-3 and row["solved"] < 0.5:
+            ratio = f"Mask_ratio: {row['mask_ratio']:.4f}"
+            self.sound("mask", f"{ratio} with few queries solved, the mask is broken (FIX #3)")
+        if not math.isfinite(row["loss"]):
+            self.sound("loss", "Loss is not finite, numerical instability (FIX #7)")
+        if row["prompt_spread"] < 1e-3:
+            self.sound("prompt", "all tasks get the same prompt, it has collapsed (FIX #6, prompt consistency)")
+
+    def check_epoch(self, state: TrainState) -> None:
+        """At the end of an epoch's batches."""
+        mean = state.means()
+        reward, count = mean.get("reward", 0.0), max(1.0, state.sums.get("batches", 0.0))
+        spread = math.sqrt(max(0.0, mean.get("reward_square", 0.0) - reward**2) / count)
+        if reward + 2 * spread < 0:  # below 0 by more than chance
+            self.sound(
+                "reward",
+                f"Average RL Reward {reward:+.4f} below 0 for a whole epoch: refinement makes predictions worse "
+                "(FIX #6, reward signs; or --policy_lr too high)",
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# lines and rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def batch_line(row: Mapping[str, Any]) -> str:
+    """The seed's line of a batch."""
+    return (
+        f"[Batch {row['batch']:4d}] Reward: {row['reward']:+.4f} | Loss: {row['loss']:.4f} | "
+        f"Qwen_grad: {row['qwen_grad']:.2e} | Mask_ratio: {row['mask_ratio']:.4f}"
+    )
+
+
+def summary_lines(state: TrainState, title: str, size_weight: float, threshold: float, entries: int) -> list[str]:
+    """The seed's block at the end of an epoch's training, then what else is worth knowing."""
+    mean = state.means()
+    real = state.sums.get("cells", 0.0) / max(1.0, state.sums.get("cells_processed", 1.0))
+    return [
+        RULE,
+        f"EPOCH {state.epoch} SUMMARY ({title})",
+        RULE,
+        f"  Average Loss: {mean['loss']:.4f}",
+        f"  Average RL Reward: {mean['reward']:+.4f}",
+        f"  Qwen Gradient Norm: {mean['qwen_grad']:.2e} (FIX #1 - verifying Qwen trains)",
+        f"  Size Warmup Weight: {size_weight:.3f} (FIX #4 - early emphasis on size)",
+        f"  Memory Threshold: {threshold:.4f} (FIX #5 - dynamic threshold)",
+        RULE,
+        f"[Epoch {state.epoch}] Memory: {state.memory_updates} of {state.memory_offers} offers stored, "
+        f"{entries} entries | training queries solved "
+        f"{mean['solved']:.4f}, by the vote alone {mean['vote_solved']:.4f} | "
+        f"cells processed that are real {real:.3f} | skipped steps {state.skipped_steps}",
+    ]
+
+
+def validation_lines(epoch: int, label: str, report: SplitReport) -> list[str]:
+    """One split's figures, for people."""
+    free, answer, n = report.training_free, report.score, max(1, report.score.pairs)
+    return [
+        f"[Epoch {epoch}] {label}: pass@1 {answer.pass1_pairs / n:.4f} pass@2 {answer.pass2_pairs / n:.4f} "
+        f"({answer.pass2_pairs}/{answer.pairs}), official pass@2 {answer.pass2:.4f}, "
+        f"sizes right {answer.size_acc:.4f}, cells right {answer.cell_acc:.4f}",
+        f"[Epoch {epoch}]   training-free vote {free.pass1_pairs / n:.4f} + learned "
+        f"{(answer.pass1_pairs - free.pass1_pairs) / n:+.4f} = {answer.pass1_pairs / n:.4f}, with two attempts "
+        f"{free.pass2_pairs / n:.4f} + {(answer.pass2_pairs - free.pass2_pairs) / n:+.4f} (the agent's views "
+        f"alone: {report.agent.pass1_pairs / n:.4f})",
+        f"[Epoch {epoch}]   before refinement {report.before.pass1_pairs / n:.4f}, cell accuracy delta "
+        f"{report.delta:+.4f} +- {report.delta_error:.4f}",
+    ]
+
+
+def validation_row(prefix: str, report: SplitReport) -> dict[str, Any]:
+    """One split's figures for metrics.jsonl; prefix: "val" or "val.<split>"."""
+    answer, n = report.score, max(1, report.score.pairs)
+    figures = {
+        "pass1": answer.pass1_pairs / n,
+        "pass2": answer.pass2_pairs / n,
+        "before_pass1": report.before.pass1_pairs / n,
+        "vote_pass1": report.training_free.pass1_pairs / n,
+        "vote_pass2": report.training_free.pass2_pairs / n,
+        "agent_pass1": report.agent.pass1_pairs / n,
+        "agent_cells": report.agent.cell_acc,
+        "agent_sizes": report.agent.size_acc,
+        "cell_acc": answer.cell_acc,
+        "size_acc": answer.size_acc,
+        "pairs": answer.pairs,
+        "accuracy_delta": report.delta,
+        "accuracy_delta_error": report.delta_error,
+    }
+    return {f"{prefix}.{name}": value for name, value in figures.items()}
+
+
+def log_validation(
+    log: RunLog,
+    epoch: int,
+    step: int,
+    reports: Mapping[str, SplitReport],
+    labels: Mapping[str, str],
+    asked: Sequence[str],
+    memory: Mapping[str, Any],
+) -> None:
+    """The seed's two lines for the first split, then the detail of each; one row. asked: --val_splits, whose figures
+    stand under "val"; others are a data set's that was given to --eval_only."""
+    if not reports:
+        log.metrics({"step": step, "epoch": epoch, **memory})
+        return
+    headline = next(iter(reports.values()))
+    score = headline.score
+    log(f"[Epoch {epoch}] Val Accuracy: {score.pair_accuracy:.4f} ({score.pass1_pairs}/{score.pairs})")
+    log(f"[Epoch {epoch}] Accuracy Delta: {headline.delta:+.4f}")
+    row: dict[str, Any] = {"step": step, "epoch": epoch}
+    if score.name in asked:
+        row["val.split"] = score.name
+    for name, report in reports.items():
+        for line in validation_lines(epoch, labels[name], report):
+            log(line)
+        row |= validation_row("val" if report is headline and name in asked else f"val.{name}", report)
+    log.metrics({**row, "accuracy_delta": headline.delta, **memory})
