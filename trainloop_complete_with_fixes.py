@@ -51,11 +51,10 @@ from arc.batches import (
     prediction_order,
     reverse_queries,
 )
-from arc.controls import NoEvidence
 from arc.datasets import load_dataset
 from arc.device import Precision, device_name, resolve_device, resolve_precision
 from arc.efe import EfeWeights
-from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
+from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
 from arc.loading import (
     EpochSampler,
     Unprepared,
@@ -81,9 +80,10 @@ from arc.predict import (
     until,
     views_reached,
 )
-from arc.qwen import QwenPrompt, build_qwen, quiet_downloads
+from arc.qwen import QwenPrompt, build_qwen
+from arc.qwen_source import quiet_downloads
 from arc.refine import cross_fitted
-from arc.report import keep_predictions, try_report
+from arc.report import keep_predictions, open_events, try_report
 from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, Budget, PredictionCost
 from arc.run.config import read_config
 from arc.run.files import UserError, cannot_write, cannot_write_file, default_cache
@@ -1589,8 +1589,7 @@ def run_main(argv: Sequence[str] | None) -> int:
     """`main`, but --help and wrong flags raise SystemExit, and an interruption that cannot wait KeyboardInterrupt."""
     started = time.monotonic()
     args, given = parse_arguments(argv)
-    # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
-    log = RunLog(quiet=args.quiet, tensorboard=not (args.no_tensorboard or args.eval_only))
+    log = RunLog(quiet=args.quiet)
     persistence, checkpoint = None, None
     try:
         if args.print_config:
@@ -1647,7 +1646,9 @@ def open_persistence(args: Flags, folder: Path, log: RunLog) -> ModelPersistence
 def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     """Train or evaluate, with the run's folder open; always saves what was trained. Returns the exit code."""
     rows = 0 if checkpoint is None else int(checkpoint.state["extra"]["rows"])
-    run.log.open(Path(run.args.output_dir or "."), rows=None if run.args.eval_only else rows)
+    # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
+    events = None if run.args.no_tensorboard or run.args.eval_only else open_events
+    run.log.open(Path(run.args.output_dir or "."), rows=None if run.args.eval_only else rows, open_events=events)
     describe(run)
     if checkpoint is not None:
         run.log(f"Resumed from {checkpoint.path.name}: epoch {run.state.epoch}, batch {run.state.batch}")

@@ -1,4 +1,8 @@
-"""The 8 symmetries of the square and permutations of the colours, on grids."""
+"""The views of a task: the 8 symmetries of the square and the permutations of the colours, on all its grids alike.
+
+Which view an episode sees is a function of its key, not of a generator's state. No torch here. What is
+refused is a fault of the caller: ValueError.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 from arc.tasks import NUM_COLOURS, Grid, Pair, Task
 
 AUGMENT_MODES = ("none", "dihedral", "colour", "full")
-KEEP_BACKGROUND_PROBABILITY = 0.8
+KEEP_BACKGROUND_PROBABILITY = 0.8  # colour 0 is the background of nearly every task, and means nothing else there
 
 
 def apply_dihedral(array: np.ndarray, d: int) -> np.ndarray:

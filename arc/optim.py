@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arc.run.files import UserError
+
 
 def learning_rate_factor(step: int, progress: float, *, warmup_steps: int = 50, decay_share: float = 0.7) -> float:
     """Multiplier of every learning rate: linear warm-up over `warmup_steps`, then 1, then linear to 0.02 over the last
@@ -160,13 +162,13 @@ def quiet_bitsandbytes() -> Iterator[None]:
 
 
 def load_bitsandbytes() -> Any:
-    """The package bitsandbytes; ValueError, one line, if it is not there."""
+    """The package bitsandbytes; UserError, one line, if it is not there."""
     try:
         with quiet_bitsandbytes():
             import bitsandbytes
     except ImportError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"--optim_qwen adamw8bit needs the package bitsandbytes ({reason}): pip install -U bitsandbytes"
         ) from error
     return bitsandbytes
@@ -176,7 +178,7 @@ def problem_with_eight_bit(device: torch.device) -> str | None:
     """One line that says why 8-bit moments cannot be had on `device`, or None: one small step is tried out."""
     try:
         package = load_bitsandbytes()
-    except ValueError as problem:
+    except UserError as problem:
         return str(problem)
     try:
         weight = nn.Parameter(torch.zeros(64, 64, device=device))  # 4,096 values: below that it keeps 32 bits
@@ -237,7 +239,7 @@ class WeightAverage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state["average"]) != set(self.average):
-            raise ValueError("the checkpoint's averaged weights belong to another model")
+            raise UserError("the checkpoint's averaged weights belong to another model")
         self.updates = int(state["updates"])
         for key, value in state["average"].items():
             self.average[key].copy_(value)

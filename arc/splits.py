@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from arc.controls import carve
 from arc.datasets import load_dataset
 from arc.run.files import UserError
 from arc.tasks import DataSet, Task, drop_duplicates, same_content
@@ -86,6 +86,60 @@ def _shows_test_input(task: Task, twin: Task) -> bool:
     """Whether a demonstration of `task` starts from a test input of `twin`."""
     asked = {(pair.input.shape, pair.input.tobytes()) for pair in twin.test}
     return any((pair.input.shape, pair.input.tobytes()) in asked for pair in task.train)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A development split, made from demonstrations: designs are chosen on it without a look at a test pair
+
+
+@dataclass(frozen=True)
+class Development:
+    """Tasks whose test pairs are held-out demonstrations, one each, or that have none.
+
+    training: what is trained on; its first `len(seen)` tasks are `seen`, so that a number means the same task in both.
+    seen: less one demonstration, which is their test pair. unseen: every demonstration of the tasks held out whole,
+    each as a task that has the others. dropped: number of training tasks with the content of one that is held out.
+    """
+
+    training: tuple[Task, ...]
+    seen: tuple[Task, ...]
+    unseen: tuple[Task, ...]
+    dropped: int
+
+    def __str__(self) -> str:
+        return (
+            f"Development split (no test pair is used): dev_unseen has {len(self.unseen)} demonstrations of tasks held "
+            f"out whole, dev_seen one demonstration of each of {len(self.seen)} of the {len(self.training)} training "
+            f"tasks; {self.dropped} training tasks with the content of a held-out one are left out"
+        )
+
+
+def hold_out(task: Task, demonstration: int) -> Task:
+    """The task as it is where `demonstration` is not known: its only test pair, the others demonstrate."""
+    rest = tuple(pair for number, pair in enumerate(task.train) if number != demonstration)
+    return Task(f"{task.id}-{demonstration}", rest, (task.train[demonstration],))
+
+
+def carve(tasks: Sequence[Task], *, whole: int, seed: int) -> Development:
+    """Draw a development split: `whole` tasks are held out whole, the others keep all but one demonstration.
+
+    Test pairs are removed first: neither what is drawn nor what is trained on or predicted depends on them. A task of
+    two demonstrations would be left with one, which is no context, so it is trained on complete and not scored. Raises
+    UserError if nothing would be left to train on.
+    """
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0xDE7])))
+    bare = [Task(task.id, task.train, ()) for task in tasks]
+    order = rng.permutation(len(bare)).tolist()
+    chosen = [number for number in order if len(bare[number].train) > 1][:whole]
+    held = [bare[number] for number in sorted(chosen)]
+    rest, dropped = drop_duplicates([bare[number] for number in sorted(set(order) - set(chosen))], held)
+    if len(held) < whole or not rest:
+        raise UserError(f"--dev_tasks {whole}: of {len(bare)} training tasks none would be left to train on")
+    draws = {task.id: int(rng.integers(len(task.train))) for task in rest}
+    seen = tuple(hold_out(task, draws[task.id]) for task in rest if len(task.train) > 2)
+    complete = tuple(task for task in rest if len(task.train) <= 2)
+    unseen = tuple(hold_out(task, number) for task in held for number in range(len(task.train)))
+    return Development((*seen, *complete), seen, unseen, len(dropped))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

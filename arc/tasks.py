@@ -1,4 +1,7 @@
-"""Tasks, pairs and grids, and which tasks are one puzzle."""
+"""Tasks, pairs and grids, and which tasks are one puzzle.
+
+No torch here, nor in arc/datasets.py, arc/augment.py and arc/evaluate.py: what handles grids only starts without it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,44 @@ Grid = np.ndarray  # (H, W) uint8, colours 0..9, 1 <= H, W <= 30
 
 MAX_SIDE = 30
 NUM_COLOURS = 10
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grids
+
+
+def parse_grid(raw: object) -> Grid:
+    """Check one grid as read from JSON and return it as a read-only (H, W) uint8 array.
+
+    A grid is a list of 1 to 30 equally long rows of 1 to 30 integers 0..9; booleans, floats, strings and null are not
+    integers. Raises ValueError saying what is wrong first, rows and columns counted from 0.
+    """
+    if not isinstance(raw, list) or not raw:
+        raise ValueError(f"is {describe(raw)}, not a list of rows")
+    if len(raw) > MAX_SIDE:
+        raise ValueError(f"has {len(raw)} rows, at most {MAX_SIDE} are allowed")
+    for r, row in enumerate(raw):
+        if not isinstance(row, list) or not row:
+            raise ValueError(f"row {r} is {describe(row)}, not a list of colours")
+        if len(row) > MAX_SIDE:
+            raise ValueError(f"row {r} has {len(row)} cells, at most {MAX_SIDE} are allowed")
+        if len(row) != len(raw[0]):
+            raise ValueError(f"row {r} has {len(row)} cells, row 0 has {len(raw[0])}")
+        if set(map(type, row)) != {int} or min(row) < 0 or max(row) >= NUM_COLOURS:  # type(True) is bool, not int
+            c, value = next((c, v) for c, v in enumerate(row) if type(v) is not int or not 0 <= v < NUM_COLOURS)
+            raise ValueError(f"row {r}, column {c} is {describe(value)}, not an integer 0..9")
+    grid = np.array(raw, dtype=np.uint8)
+    grid.flags.writeable = False  # shared by every epoch and every view: nobody may change it in place
+    return grid
+
+
+def _grid_bytes(grid: Grid) -> bytes:
+    """Size and cells, whatever the array's memory layout: equal for equal grids only."""
+    height, width = grid.shape
+    return bytes((height, width)) + grid.astype(np.uint8).tobytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +106,8 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
 
-def _grid_bytes(grid: Grid) -> bytes:
-    height, width = grid.shape
-    return bytes((height, width)) + grid.astype(np.uint8).tobytes()
+# ----------------------------------------------------------------------------------------------------------------------
+# Which tasks are one puzzle
 
 
 def same_content(a: Task, b: Task) -> bool:
@@ -100,28 +140,3 @@ def drop_duplicates(training: Iterable[Task], held_out: Iterable[Task]) -> tuple
         duplicate = task.id in held_ids or any(same_content(task, other) for other in candidates)
         (dropped if duplicate else kept).append(task)
     return tuple(kept), tuple(dropped)
-
-
-def parse_grid(raw: object) -> Grid:
-    """Check one grid as read from JSON and return it as a read-only (H, W) uint8 array.
-
-    A grid is a list of 1 to 30 equally long rows of 1 to 30 integers 0..9; booleans, floats, strings and null are not
-    integers. Raises ValueError saying what is wrong first, rows and columns counted from 0.
-    """
-    if not isinstance(raw, list) or not raw:
-        raise ValueError(f"is {describe(raw)}, not a list of rows")
-    if len(raw) > MAX_SIDE:
-        raise ValueError(f"has {len(raw)} rows, at most {MAX_SIDE} are allowed")
-    for r, row in enumerate(raw):
-        if not isinstance(row, list) or not row:
-            raise ValueError(f"row {r} is {describe(row)}, not a list of colours")
-        if len(row) > MAX_SIDE:
-            raise ValueError(f"row {r} has {len(row)} cells, at most {MAX_SIDE} are allowed")
-        if len(row) != len(raw[0]):
-            raise ValueError(f"row {r} has {len(row)} cells, row 0 has {len(raw[0])}")
-        if set(map(type, row)) != {int} or min(row) < 0 or max(row) >= NUM_COLOURS:  # type(True) is bool, not int
-            c, value = next((c, v) for c, v in enumerate(row) if type(v) is not int or not 0 <= v < NUM_COLOURS)
-            raise ValueError(f"row {r}, column {c} is {describe(value)}, not an integer 0..9")
-    grid = np.array(raw, dtype=np.uint8)
-    grid.flags.writeable = False  # shared by every epoch and every view: nobody may change it in place
-    return grid

@@ -28,8 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arc.datasets import load_dataset  # noqa: E402
-from arc.evidence import NUM_RULES, NUM_TABLES, QueryEvidence, TaskQueries  # noqa: E402
-from arc.evidence.sources import NUM_SOURCES  # noqa: E402
+from arc.evidence import NUM_RULES, NUM_SOURCES, NUM_TABLES, QueryEvidence, TaskQueries  # noqa: E402
 from arc.tasks import Grid, Task, drop_duplicates  # noqa: E402
 
 SPLITS = ("development", "seed", "unseen")

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arc.datasets import load_dataset  # noqa: E402
-from arc.evidence import TaskEvidence  # noqa: E402
+from arc.evidence.counting import TaskEvidence  # noqa: E402
 from arc.evidence.sizes import PRIORS_FILE, SIZE_RULES  # noqa: E402
 from arc.tasks import Task, drop_duplicates  # noqa: E402
 

@@ -38,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model_persistence as mp  # noqa: E402
+from arc.persistence.mirror import Mirror  # noqa: E402
 from model_persistence import ModelPersistence, PersistenceError  # noqa: E402
 
 Figures = dict[str, Any]
@@ -1076,14 +1077,14 @@ def backups(base: Path, saves: int, rounds: int) -> Figures:
 @contextlib.contextmanager
 def patched_mirror(values: dict[str, float]) -> Iterator[None]:
     """The mirror with shorter waits."""
-    before = {name: getattr(mp._Mirror, name) for name in values}
+    before = {name: getattr(Mirror, name) for name in values}
     for name, value in values.items():
-        setattr(mp._Mirror, name, value)
+        setattr(Mirror, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(mp._Mirror, name, value)
+            setattr(Mirror, name, value)
 
 
 def new_machine(base: Path) -> Figures:

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arc.run.files import default_cache  # noqa: E402
+from arc.run.files import default_cache, replace_file  # noqa: E402
 from benchmarks.evidence import processor  # noqa: E402
 
 SCRIPT = ROOT / "trainloop_complete_with_fixes.py"
@@ -62,7 +62,7 @@ class Job:
 @dataclass(frozen=True)
 class Split:
     """A split's scores, in [0, 1] over its `pairs`; accuracy_delta is after - before, with its paired standard error
-    (NaN for a single pair)."""
+    (NaN for a single pair; both are NaN where time ran out before a view of any pair)."""
 
     pairs: int
     pass1: float
@@ -146,9 +146,7 @@ def run(job: Job, work: Path, cache: Path) -> Result:
         shutil.rmtree(path, ignore_errors=True)  # dozens of runs: only their records are kept
     for path in folder.glob("gallery-*.json"):
         path.unlink()
-    temporary = folder / "result.tmp"
-    temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "result.json")
+    replace_file(folder / "result.json", json.dumps(asdict(result), indent=2) + "\n")
     return result
 
 
@@ -182,11 +180,11 @@ def split_scores(row: dict[str, Any], names: Sequence[str]) -> dict[str, Split]:
         prefix = "val" if number == 0 else f"val.{name}"
         if f"{prefix}.pairs" not in row:
             raise RunFailed(f"the {name} split was not scored: its solutions are not in the data")
-        error = row[f"{prefix}.accuracy_delta_error"]
+        # Both are null where there is nothing to tell: a single pair, or no view of any pair before time ran out.
+        delta = {key: row[f"{prefix}.{key}"] for key in ("accuracy_delta", "accuracy_delta_error")}
         found[name] = Split(
             pairs=row[f"{prefix}.pairs"],
-            accuracy_delta=row[f"{prefix}.accuracy_delta"],
-            accuracy_delta_error=math.nan if error is None else error,
+            **{key: math.nan if value is None else value for key, value in delta.items()},
             **{key: row[f"{prefix}.{key}"] for key in RATES},
         )
     return found

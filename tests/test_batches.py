@@ -23,7 +23,6 @@ from arc.batches import (
     Query,
     TensorBundle,
     all_episodes,
-    augment_evidence,
     collate_in_buckets,
     collate_queries,
     context_pairs,
@@ -37,7 +36,7 @@ from arc.batches import (
     views_of,
 )
 from arc.datasets import load_dataset
-from arc.evidence import CLASS_WEIGHTS, NUM_RULES, NUM_TABLES, QueryEvidence
+from arc.evidence import CLASS_WEIGHTS, NUM_RULES, NUM_TABLES, QueryEvidence, augment_evidence
 from arc.loading import EpochSampler
 from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import Run, rng_state, training_data

@@ -13,11 +13,13 @@ from conftest import Outcome, SmallBuild, SmallRun, train_batches
 from helpers import FAST, differences, load, timeless
 
 from arc.batches import QueryBatch
-from arc.controls import Development, NoEvidence, carve, hold_out, silence
 from arc.datasets import load_dataset
 from arc.evaluate import exact
-from arc.evidence import NUM_RULES, NUM_TABLES, TaskEvidence
+from arc.evidence import NUM_RULES, NUM_TABLES, NoEvidence
+from arc.evidence.counting import TaskEvidence
+from arc.evidence.store import silence
 from arc.predict import PairPrediction
+from arc.splits import Development, carve, hold_out
 from arc.tasks import Pair, Task, same_content
 from trainloop_complete_with_fixes import ABLATION, parse_arguments, predict_split, read_prompt
 

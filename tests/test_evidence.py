@@ -5,32 +5,31 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arc.datasets import load_dataset
-from arc.evidence import (
-    NUM_RULES,
-    NUM_TABLES,
-    SOURCES,
-    TABLES,
-    EvidenceStore,
-    QueryEvidence,
-    TaskEvidence,
-    TaskQueries,
-    evidence_key,
-    feedback_indices,
-    table_weights,
-)
-from arc.evidence.canvas import Canvas, OutputCells, components
+from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, TaskQueries, feedback_indices
+from arc.evidence.canvas import Canvas, components
+from arc.evidence.cells import OutputCells
+from arc.evidence.counting import TaskEvidence
+from arc.evidence.planes import all_planes
 from arc.evidence.programs import colour_map
 from arc.evidence.sizes import SIZE_RULES
+from arc.evidence.sources import SOURCES
+from arc.evidence.store import evidence_key
+from arc.evidence.tables import TABLES
+from arc.evidence.vote import table_weights
 from arc.tasks import Pair, Task
 
 FAST = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -348,18 +347,18 @@ def test_components_match_a_flood_fill(seed: int, connectivity: int) -> None:
 
 def test_rays_and_regions_of_a_known_grid() -> None:
     canvas = Canvas([grid([[0, 3, 0, 0], [0, 0, 0, 5], [0, 0, 0, 0]]), grid([[1]])])
-    planes = canvas.planes
+    planes = all_planes(canvas)
     assert planes["north"][0, 2].tolist() == [10, 3, 10, 5]
     assert planes["east"][0, 1].tolist() == [5, 5, 5, 10]
     assert planes["south_east"][0, 0, 2] == 5 and planes["south_east"][0, 0, 1] == 10
     assert planes["shape_size"][0, 0, 1] == 1 and planes["shape_size"][0, 0, 0] == -1
     assert planes["region_open"][0, 2, 2] == 1
-    assert planes["border"][0, 1].tolist() == [0, 1, 1, 0]
 
 
 def test_anchors_of_a_known_grid() -> None:
     inp = grid([[1, 2], [3, 4]])
-    cells = OutputCells(Canvas([inp]), [(0, 4, 4)], lambda *_: None)
+    canvas = Canvas([inp])
+    cells = OutputCells(canvas, all_planes(canvas), [(0, 4, 4)], lambda *_: None)
 
     def seen(anchor: str) -> np.ndarray:
         return cells.feature(f"colour@{anchor}").reshape(4, 4)
@@ -420,10 +419,27 @@ def test_store_answers_an_unplanned_query(tmp_path: Path) -> None:
     assert same(EvidenceStore(tmp_path).get(task).held_out(0, without=1), direct)
 
 
-def test_another_version_never_meets_an_old_file(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = evidence_key(task)
-    monkeypatch.setattr("arc.evidence.counting.VERSION", "another")
-    assert evidence_key(task) != before
+def test_an_edited_cut_never_meets_an_old_file(tmp_path: Path) -> None:
+    """The version is that of the package's own files: a copy in which one cut is edited has other keys."""
+    shutil.copytree(ROOT / "arc", tmp_path / "arc", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numpy as np; from pathlib import Path; from arc.evidence import EvidenceStore; "
+        "from arc.tasks import Pair, Task; grid = np.array([[1, 2]], np.uint8); "
+        "task = Task('t', (Pair(grid, grid),) * 2, (Pair(grid, None),)); store = EvidenceStore(Path('cache')); "
+        "print(store.is_prepared(task)); store.get(task)"
+    )
+
+    def prepared_before() -> bool:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return {"True": True, "False": False}[done.stdout.strip()]
+
+    assert [prepared_before(), prepared_before()] == [False, True]
+    cuts = tmp_path / "arc" / "evidence" / "cuts.py"
+    edited = cuts.read_text(encoding="utf-8").replace("o.height * o.width,", "o.height * o.width + 1,", 1)
+    assert edited != cuts.read_text(encoding="utf-8")
+    cuts.write_text(edited, encoding="utf-8")
+    assert [prepared_before(), prepared_before()] == [False, True]
+    assert len(list((tmp_path / "cache").glob("*.evidence"))) == 2
 
 
 def test_every_damaged_cache_file_is_computed_anew(tmp_path: Path, task: Task) -> None:

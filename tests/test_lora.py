@@ -109,7 +109,7 @@ def test_the_monitor_is_not_fooled_by_matrices_that_start_at_zero(small_build: S
     # A Qwen that is cut off from the loss still shows: nothing has a gradient, and the frozen base is not counted.
     run.qwen.zero_grad()
     cut = GradientMonitor().check_gradients(run.qwen, "Qwen")
-    assert cut == {"norm": 0.0, "missing": float(len(run.qwen.trainable_parameters())), "finite": 1.0}
+    assert cut == {"norm": 0.0, "missing": len(run.qwen.trainable_parameters())}
 
 
 def test_an_untrained_adapter_changes_nothing(small_build: SmallBuild) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import model_persistence as mp
+from arc.persistence import snapshot
+from arc.persistence.files import FileSpec, read_safetensors
+from arc.persistence.lock import RunLock
 from benchmarks.persistence import fail_at, fill, hooked, left_overs, make_frozen, make_state, quiet, same
 from model_persistence import ModelPersistence, PersistenceError, find_newest_run, main, setup_drive_backup
 
@@ -183,17 +189,17 @@ def test_host_buffers_are_reused(run: Path) -> None:
         places = []
         for step, size in enumerate((1000, 1000, 400, 1000)):
             persistence.save({"model": {"w": torch.full((size,), float(step))}}, step=step, wait=True)
-            places.append(persistence._host["model"].data_ptr())
+            places.append(persistence._stager.buffers["model"].data_ptr())
             assert persistence.load().state["model"]["w"].tolist() == [float(step)] * size
     assert len(set(places)) == 1
 
 
 def test_without_memory_for_a_copy_the_save_waits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mp, "_host_memory_available", lambda: 10)
+    monkeypatch.setattr(snapshot, "memory_available", lambda: 10)
     lines: list[str] = []
     with ModelPersistence(run, log=lines.append) as persistence:
         persistence.save(make_state(1), step=1)
-        assert persistence._thread is None
+        assert not persistence._writer.busy
         assert same(persistence.load().state, make_state(1))
     assert any("training waits" in line for line in lines)
 
@@ -262,8 +268,8 @@ def test_files_are_plain_safetensors_both_ways(run: Path, tmp_path: Path) -> Non
     theirs = {"b": torch.randn(3).bfloat16(), "a": torch.tensor(7), "e": torch.empty(0, 2), "m": torch.ones(5).bool()}
     save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     data = (tmp_path / "theirs.safetensors").read_bytes()
-    spec = mp._FileSpec(len(data), mp.hashlib.sha256(data).hexdigest())
-    read = mp._read_safetensors(tmp_path / "theirs.safetensors", spec)
+    spec = FileSpec(len(data), hashlib.sha256(data).hexdigest())
+    read = read_safetensors(tmp_path / "theirs.safetensors", spec)
     assert same(dict(sorted(read.items())), dict(sorted(theirs.items())))
 
 
@@ -483,7 +489,7 @@ def test_an_error_in_the_background_surfaces_once_and_the_next_save_works(run: P
         persistence.save(make_state(1), step=1, wait=True)
         with hooked(fail_at(2, errno.EIO, under=str(run)), ("write",)):
             persistence.save(make_state(2), step=2)
-            persistence._join()
+            persistence._writer.join()
         with pytest.raises(PersistenceError, match=r"step 2 was not saved: .*Input/output error"):
             persistence.save(make_state(3), step=3)
         persistence.save(make_state(3), step=3, wait=True)
@@ -496,7 +502,7 @@ def test_an_error_in_the_background_surfaces_at(run: Path, call: str) -> None:
     persistence = ModelPersistence(run, log=quiet)
     with hooked(fail_at(0, errno.ENOSPC, under=str(run)), ("mkdir",)):
         persistence.save(make_state(1), step=1)
-        persistence._join()
+        persistence._writer.join()
     with pytest.raises(PersistenceError, match="No space left"):
         getattr(persistence, call)()
     persistence.close()
@@ -508,7 +514,7 @@ def test_an_error_on_its_way_is_not_replaced_by_that_of_closing(run: Path) -> No
     with pytest.raises(KeyError), ModelPersistence(run, log=lines.append) as persistence:
         with hooked(fail_at(0, errno.ENOSPC, under=str(run)), ("mkdir",)):
             persistence.save(make_state(1), step=1)
-            persistence._join()
+            persistence._writer.join()
         raise KeyError("the training's own error")
     assert any("was not saved" in line for line in lines)
 
@@ -516,7 +522,7 @@ def test_an_error_on_its_way_is_not_replaced_by_that_of_closing(run: Path) -> No
 def test_too_little_space_is_found_out_before_writing(
     run: Path, persistence: ModelPersistence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mp.shutil, "disk_usage", lambda path: mp.shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     seen: list[str] = []
     with hooked(lambda name, path, _: seen.append(name)), pytest.raises(PersistenceError, match="MB free"):
         persistence.save(make_state(1), step=1, wait=True)
@@ -530,7 +536,7 @@ def test_a_disk_that_is_too_small_for_five_is_told_beforehand(
     one, once = ModelPersistence.estimate_bytes(state), ModelPersistence.estimate_bytes(state, frozen)
     blob = once - one
     for free, advice in ((8 * one + blob, None), (7 * one + blob, "use --keep 4"), (3 * one, "free some space")):
-        monkeypatch.setattr(mp.shutil, "disk_usage", lambda path, free=free: mp.shutil._ntuple_diskusage(0, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
         warning = persistence.space_warning(state, frozen)
         assert (warning is None) if advice is None else (warning is not None and advice in warning)
 
@@ -604,7 +610,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, operation: int) -> None:
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(mp.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 def card(pid: int, host: str) -> str:
@@ -618,7 +624,7 @@ def test_without_flock_a_heartbeat_holds_the_run(run: Path, monkeypatch: pytest.
     lock.write_text(card(1, "another machine"))
     with pytest.raises(PersistenceError, match=r"process 1 on another machine, last seen \d+ s ago"):
         ModelPersistence(run, log=quiet)
-    os.utime(lock, (0, time.time() - mp._RunLock.STALE - 1))  # nobody has refreshed it
+    os.utime(lock, (0, time.time() - RunLock.STALE - 1))  # nobody has refreshed it
     lines: list[str] = []
     with ModelPersistence(run, log=lines.append) as persistence:
         persistence.save(make_state(1), step=1, wait=True)
@@ -631,16 +637,16 @@ def test_without_flock_the_lock_of_a_dead_process_is_taken_over(run: Path, monke
     run.mkdir(parents=True)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    (run / "LOCK").write_text(card(ended.pid, mp.socket.gethostname()))
+    (run / "LOCK").write_text(card(ended.pid, socket.gethostname()))
     ModelPersistence(run, log=quiet).close()
-    (run / "LOCK").write_text(card(os.getppid(), mp.socket.gethostname()))
+    (run / "LOCK").write_text(card(os.getppid(), socket.gethostname()))
     with pytest.raises(PersistenceError, match=f"process {os.getppid()} on"):
         ModelPersistence(run, log=quiet)
 
 
 def test_a_heartbeat_is_refreshed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_flock(monkeypatch)
-    monkeypatch.setattr(mp._RunLock, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(RunLock, "HEARTBEAT", 0.02)
     with ModelPersistence(run, log=quiet):
         os.utime(run / "LOCK", (0, 0))
         deadline = time.monotonic() + 10

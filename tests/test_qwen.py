@@ -1,4 +1,4 @@
-"""arc/qwen.py: text and tokens of a context, what the module computes and trains, and what it refuses to load."""
+"""arc/qwen.py and arc/qwen_source.py: the text of a context, what the module computes, trains and refuses to load."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import arc.qwen
+from arc import qwen_source
 from arc.datasets import load_dataset
 from arc.qwen import ContextEncoder, QwenPrompt, build_qwen, pair_text
+from arc.run.files import UserError
 from arc.tasks import Grid
 
 K, D = 3, 16
@@ -72,7 +73,7 @@ def write_model(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    with torch.random.fork_rng(), arc.qwen._quiet():
+    with torch.random.fork_rng(), qwen_source.quiet():
         torch.manual_seed(1)
         config = AutoConfig.for_model(kind, **SHAPE | shape)
         AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
@@ -358,17 +359,17 @@ def test_a_second_writer_uses_what_the_first_one_wrote(
     damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if damaged:
-        flip_a_bit(arc.qwen._tiny_folder(tmp_path, 0))
-    write, inodes = arc.qwen._write_tiny, []
+        flip_a_bit(qwen_source._tiny_folder(tmp_path, 0))
+    write, inodes = qwen_source._write_tiny, []
 
     def overtaken(folder: Path, seed: int) -> None:
         """Write; but before that is put in its place, another process finishes."""
         write(folder, seed)
-        monkeypatch.setattr(arc.qwen, "_write_tiny", write)
-        inodes.append((arc.qwen._tiny_folder(tmp_path, 0) / "model.safetensors").stat().st_ino)
+        monkeypatch.setattr(qwen_source, "_write_tiny", write)
+        inodes.append((qwen_source._tiny_folder(tmp_path, 0) / "model.safetensors").stat().st_ino)
 
-    monkeypatch.setattr(arc.qwen, "_write_tiny", overtaken)
-    folder = arc.qwen._tiny_folder(tmp_path, 0)
+    monkeypatch.setattr(qwen_source, "_write_tiny", overtaken)
+    folder = qwen_source._tiny_folder(tmp_path, 0)
     assert (folder / "model.safetensors").stat().st_ino == inodes[0] and list(tmp_path.iterdir()) == [folder]
 
 
@@ -387,7 +388,7 @@ def test_a_folder_loads_in_fp32_with_its_own_weights(sharded: bool, cache: Path,
 
     folder = write_model(tmp_path / "model", "qwen3", dtype=torch.bfloat16, head_dim=8)
     if sharded:
-        with arc.qwen._quiet():
+        with qwen_source.quiet():
             model = AutoModelForCausalLM.from_pretrained(folder)
             (folder / "model.safetensors").unlink()
             model.save_pretrained(folder, max_shard_size="20KB")
@@ -412,7 +413,7 @@ def test_of_a_vision_language_model_the_language_model_is_taken(cache: Path, qwe
         "out_hidden_size": 32,
         "deepstack_visual_indexes": [0],
     }
-    with arc.qwen._quiet(), torch.random.fork_rng():
+    with qwen_source.quiet(), torch.random.fork_rng():
         config = AutoConfig.for_model("qwen3_vl", text_config=text, vision_config=vision)
         AutoModel.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     for file in qwen2.glob("tokenizer*.json"):
@@ -442,8 +443,8 @@ def test_exported_files_and_weights_make_a_loadable_folder(spec: str, cache: Pat
 
 
 def refusal(spec: str | Path, cache: Path, **changes: Any) -> str:
-    """The message of the ValueError that building `spec` raises; it must be one line and name what was asked for."""
-    with pytest.raises(ValueError) as caught:
+    """The message of the UserError that building `spec` raises; it must be one line and name what was asked for."""
+    with pytest.raises(UserError) as caught:
         build(spec, cache, **changes)
     message = str(caught.value)
     assert "\n" not in message and message.startswith("--") and len(message) < 500
@@ -651,7 +652,7 @@ def test_an_unreachable_hub(hub: Hub, cache: Path, capfd: pytest.CaptureFixture[
 
 
 def test_a_hub_that_does_not_answer(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arc.qwen, "_HUB_SECONDS", 0.3)
+    monkeypatch.setattr(qwen_source, "_HUB_SECONDS", 0.3)
     hub.delay = 1.0
     started = time.monotonic()
     assert "--qwen tiny" in refusal("Qwen/Small", cache)

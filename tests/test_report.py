@@ -30,7 +30,8 @@ from arc.report.gallery import (
     read_gallery,
     write_gallery,
 )
-from arc.report.page import gallery_html, main, read_metrics, red_flags, report_html, write_report
+from arc.report.page import gallery_html, main, report_html, write_report
+from arc.report.records import read_metrics, red_flags
 from arc.tasks import Grid, Pair, Task
 
 MAX_PAGE = 5_000_000  # bytes

@@ -102,9 +102,36 @@ def test_arc_never_imports_the_top_level(part: str) -> None:
     assert imported_packages(parse(f"arc/{part}.py")) & {*TOP_LEVEL, ".", "tests", "conftest"} == set()
 
 
-def test_persistence_knows_neither_models_nor_flags_nor_arc() -> None:
-    packages = imported_packages(parse("model_persistence.py"))
-    assert packages & {"arc", "trainloop_complete_with_fixes", "policy_refined", "transformers", "peft", "."} == set()
+PERSISTENCE = [file for file in PRODUCT if file.startswith("arc/persistence/")]
+RUN = [file for file in PRODUCT if file.startswith("arc/run/")]
+
+
+def arc_imports(file: str) -> set[str]:
+    """The modules and packages of arc that a file names, as "arc.x" or "arc.x.y"."""
+    return {
+        ".".join(whole.split(".")[:depth])
+        for whole in imports(parse(file)).values()
+        for depth in (2, 3)
+        if whole.startswith("arc.")
+    }
+
+
+@pytest.mark.parametrize("file", ["model_persistence.py", *PERSISTENCE])
+def test_persistence_knows_neither_models_nor_flags_nor_tasks(file: str) -> None:
+    packages = imported_packages(parse(file))
+    assert packages & {"trainloop_complete_with_fixes", "policy_refined", "transformers", "peft", "."} == set()
+    assert all(name == "arc.persistence" or name.startswith("arc.persistence.") for name in arc_imports(file))
+
+
+def test_only_the_public_face_imports_persistence() -> None:
+    inside = {*PERSISTENCE, "model_persistence.py"}
+    assert [file for file in PRODUCT if file not in inside and "arc.persistence" in arc_imports(file)] == []
+    assert len(PERSISTENCE) > 8
+
+
+@pytest.mark.parametrize("file", RUN)
+def test_run_imports_no_model_data_or_report_code(file: str) -> None:
+    assert {name for name in arc_imports(file) if not name.startswith("arc.run")} == set()
 
 
 def test_only_tests_import_the_script() -> None:
@@ -115,8 +142,8 @@ def test_only_tests_import_the_script() -> None:
 
 
 def test_only_one_file_imports_transformers() -> None:
-    importers = [file for file in PRODUCT if imported_packages(parse(file)) & {"transformers", "tokenizers"}]
-    assert importers == ["arc/qwen.py"]
+    importers = [file for file in PRODUCT if imported_packages(when_run(file)) & {"transformers", "tokenizers"}]
+    assert importers == ["arc/qwen_source.py"]
 
 
 def test_no_circle_inside_arc() -> None:
@@ -129,12 +156,18 @@ def test_no_circle_inside_arc() -> None:
 
 
 def modules_of(part: str) -> set[str]:
-    """The arc modules that a part imports when it is run (imports for type checkers alone do no harm)."""
-    tree = parse(f"arc/{part}.py")
+    """The arc modules that a part imports when it is run."""
+    tree = when_run(f"arc/{part}.py")
+    return {module for whole in imports(tree).values() if (module := module_named(whole))} - {part}
+
+
+def when_run(file: str) -> ast.Module:
+    """The module without what is imported for type checkers alone, which does no harm."""
+    tree = parse(file)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    return {module for whole in imports(tree).values() if (module := module_named(whole))} - {part}
+    return tree
 
 
 def module_named(name: str) -> str | None:

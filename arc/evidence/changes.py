@@ -10,7 +10,18 @@ import numpy as np
 from arc.evidence.canvas import OUTSIDE, Objects, region_rim
 from arc.evidence.drawing import DRAWINGS
 from arc.evidence.restore import MASKS, mirrored, repeated
-from arc.evidence.scene import Grid, Scene, Shape, Transform, crop, inside, merge_runs
+from arc.evidence.scene import (
+    Grid,
+    Scene,
+    Shape,
+    Transform,
+    crop,
+    flip_cols,
+    flip_rows,
+    half_turn,
+    inside,
+    merge_runs,
+)
 
 
 def _beside(*turns: Callable[[Grid], Grid], rows: int) -> Callable[[Grid], Grid]:
@@ -28,18 +39,6 @@ def _beside(*turns: Callable[[Grid], Grid], rows: int) -> Callable[[Grid], Grid]
 
 def _same(grid: Grid) -> Grid:
     return grid
-
-
-def _lr(grid: Grid) -> Grid:
-    return grid[:, ::-1]
-
-
-def _ud(grid: Grid) -> Grid:
-    return grid[::-1]
-
-
-def _half_turn(grid: Grid) -> Grid:
-    return grid[::-1, ::-1]
 
 
 def _square_only(change: Callable[[Grid], Grid]) -> Callable[[Grid], Grid | None]:
@@ -369,126 +368,144 @@ def _multiplies(before: Shape, after: Shape) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """A transform of a whole grid; `may(before, after)` tells whether a grid of one shape can become one of another."""
+    """A transform of a whole grid.
+
+    may: whether a grid of one shape (the first) can become one of another (the second).
+    on_parts: whether programs try it on every cut of a grid; else on the whole grid only.
+    """
 
     apply: Transform
     may: Reach
+    on_parts: bool = True
 
 
-def _changes() -> tuple[dict[str, Change], tuple[str, ...]]:
-    """All changes, and the names of those that draw on the grid and keep its shape."""
-    turn_left: Callable[[Grid], Grid] = lambda g: np.rot90(g)  # noqa: E731
-    turn_right: Callable[[Grid], Grid] = lambda g: np.rot90(g, -1)  # noqa: E731
-    plain: dict[str, tuple[Callable[[Grid], Grid | None], Reach]] = {
-        "flip_cols": (_lr, _keeps),
-        "flip_rows": (_ud, _keeps),
-        "half_turn": (_half_turn, _keeps),
-        "transpose": (lambda g: g.T, _turns),
-        "anti_transpose": (lambda g: g[::-1, ::-1].T, _turns),
-        "turn_left": (turn_left, _turns),
-        "turn_right": (turn_right, _turns),
-        "twice_across": (_beside(_same, _same, rows=1), _grows(1, 2)),
-        "twice_down": (_beside(_same, _same, rows=2), _grows(2, 1)),
-        "thrice_across": (_beside(_same, _same, _same, rows=1), _grows(1, 3)),
-        "thrice_down": (_beside(_same, _same, _same, rows=3), _grows(3, 1)),
-        "two_by_two": (_beside(_same, _same, _same, _same, rows=2), _grows(2, 2)),
-        "three_by_three": (_beside(*[_same] * 9, rows=3), _grows(3, 3)),
-        "mirror_right": (_beside(_same, _lr, rows=1), _grows(1, 2)),
-        "mirror_left": (_beside(_lr, _same, rows=1), _grows(1, 2)),
-        "mirror_down": (_beside(_same, _ud, rows=2), _grows(2, 1)),
-        "mirror_up": (_beside(_ud, _same, rows=2), _grows(2, 1)),
-        "half_turn_right": (_beside(_same, _half_turn, rows=1), _grows(1, 2)),
-        "half_turn_down": (_beside(_same, _half_turn, rows=2), _grows(2, 1)),
-        "four_mirrors": (_beside(_same, _lr, _ud, _half_turn, rows=2), _grows(2, 2)),
-        "four_mirrors_in": (_beside(_half_turn, _ud, _lr, _same, rows=2), _grows(2, 2)),
-        "four_turns": (_square_only(_beside(_same, turn_right, turn_left, _half_turn, rows=2)), _grows(2, 2)),
-        "four_turns_left": (_square_only(_beside(_same, turn_left, turn_right, _half_turn, rows=2)), _grows(2, 2)),
-        "four_turns_half": (_square_only(_beside(_same, turn_left, _half_turn, turn_right, rows=2)), _grows(2, 2)),
-        "double": (_enlarged(2, 2), _grows(2, 2)),
-        "triple": (_enlarged(3, 3), _grows(3, 3)),
-        "quadruple": (_enlarged(4, 4), _grows(4, 4)),
-        "double_across": (_enlarged(1, 2), _grows(1, 2)),
-        "double_down": (_enlarged(2, 1), _grows(2, 1)),
-    }
-    changes = {name: Change(_of_grid(change), shape) for name, (change, shape) in plain.items()}
-    reshaping: dict[str, Change] = {
-        "runs": Change(lambda s: merge_runs(s.grid), _shrinks),
-        "foreground_box": Change(lambda s: crop(s.grid, s.foreground), _shrinks),
-        "inside": Change(lambda s: inside(s.grid), _adds(-2)),
-        "shrunk": Change(_shrunk, _shrinks),
-        "enlarged_by_colours": Change(_enlarged_by(lambda s: len(s.colours)), _multiplies),
-        "enlarged_by_cells": Change(_enlarged_by(lambda s: int(s.foreground.sum())), _multiplies),
-        "fractal": Change(_fractal(lambda s: s.foreground), _squares),
-        "fractal_inverse": Change(_fractal(lambda s: ~s.foreground), _squares),
-        "fractal_top": Change(_fractal(lambda s: s.grid == (s.colours[0] if s.colours else -1)), _squares),
-        "fractal_low": Change(_fractal(lambda s: s.grid == (s.colours[-1] if s.colours else -1)), _squares),
-        "framed": Change(_framed, _adds(2)),
-    }
-    same_shape: dict[str, Transform] = {
-        "swapped": _swapped,
-        "lines_majority": _line_majority,
-        "grown": _outlined(False),
-        "grown_diagonal": _outlined(True),
-        "objects_down": _falling_objects(1, 0),
-        "objects_up": _falling_objects(-1, 0),
-        "objects_right": _falling_objects(0, 1),
-        "objects_left": _falling_objects(0, -1),
-        "numbered_by_size": _shapes_by(lambda o: o.rank),
-        "numbered_by_size_up": _shapes_by(lambda o: o.rank_up),
-        "joined_star": _joined((0, 1), (1, 0), (1, 1), (1, -1)),
-        "fall_down": _fall(0, True),
-        "fall_up": _fall(0, False),
-        "fall_right": _fall(1, True),
-        "fall_left": _fall(1, False),
-        "sorted_rows": _sorted_lines(0),
-        "sorted_cols": _sorted_lines(1),
-        "sides_merged": _merged_with(_lr),
-        "ends_merged": _merged_with(_ud),
-        "mirrors_merged": _merged_with(_lr, _ud, _half_turn),
-        "transpose_merged": _merged_with(lambda g: g.T),
-        "turns_merged": _merged_with(turn_left, turn_right, _half_turn),
-        "box_sides_merged": _box_mirrored(_lr),
-        "box_ends_merged": _box_mirrored(_ud),
-        "box_mirrors_merged": _box_mirrored(_lr, _ud, _half_turn),
-        "box_turns_merged": _box_mirrored(turn_left, turn_right, _half_turn),
-        "filled": _filled,
-        "boxes_filled": _box_filled,
-        "joined_rows": _joined((0, 1)),
-        "joined_cols": _joined((1, 0)),
-        "joined": _joined((0, 1), (1, 0)),
-        "joined_far": _joined_far,
-        "joined_diagonal": _joined((1, 1), (1, -1)),
-        "extended_rows": _extended((0, 1), (0, -1)),
-        "extended_cols": _extended((1, 0), (-1, 0)),
-        "extended": _extended((0, 1), (0, -1), (1, 0), (-1, 0)),
-        "extended_down": _extended((1, 0)),
-        "extended_up": _extended((-1, 0)),
-        "extended_right": _extended((0, 1)),
-        "extended_left": _extended((0, -1)),
-        "extended_diagonal": _extended((1, 1), (-1, -1), (1, -1), (-1, 1)),
-        "shapes_flipped_cols": _objects_mirrored("shapes", _lr),
-        "shapes_flipped_rows": _objects_mirrored("shapes", _ud),
-        "clusters_flipped_cols": _objects_mirrored("clusters", _lr),
-        "clusters_flipped_rows": _objects_mirrored("clusters", _ud),
-        "without_dots": _keep_objects("shapes", lambda o: o.size > 1),
-        "dots": _keep_objects("shapes", lambda o: o.size == 1),
-        "largest_shape": _keep_objects("shapes", _best(lambda o: o.size)),
-        "largest_cluster": _keep_objects("clusters", _best(lambda o: o.size)),
-        "smallest_shape": _keep_objects("shapes", _best(lambda o: -o.size)),
-        "odd_shape": _keep_objects("shapes", _best(lambda o: -o.twin_count)),
-        "inner_shapes": _keep_objects("shapes", lambda o: ~o.touches),
-        "outer_shapes": _keep_objects("shapes", lambda o: o.touches),
-    }
+def _turn_left(grid: Grid) -> Grid:
+    return np.rot90(grid)
+
+
+def _turn_right(grid: Grid) -> Grid:
+    return np.rot90(grid, -1)
+
+
+_MIRRORS_AND_COPIES: dict[str, tuple[Callable[[Grid], Grid | None], Reach]] = {
+    "flip_cols": (flip_cols, _keeps),
+    "flip_rows": (flip_rows, _keeps),
+    "half_turn": (half_turn, _keeps),
+    "transpose": (lambda g: g.T, _turns),
+    "anti_transpose": (lambda g: g[::-1, ::-1].T, _turns),
+    "turn_left": (_turn_left, _turns),
+    "turn_right": (_turn_right, _turns),
+    "twice_across": (_beside(_same, _same, rows=1), _grows(1, 2)),
+    "twice_down": (_beside(_same, _same, rows=2), _grows(2, 1)),
+    "thrice_across": (_beside(_same, _same, _same, rows=1), _grows(1, 3)),
+    "thrice_down": (_beside(_same, _same, _same, rows=3), _grows(3, 1)),
+    "two_by_two": (_beside(_same, _same, _same, _same, rows=2), _grows(2, 2)),
+    "three_by_three": (_beside(*[_same] * 9, rows=3), _grows(3, 3)),
+    "mirror_right": (_beside(_same, flip_cols, rows=1), _grows(1, 2)),
+    "mirror_left": (_beside(flip_cols, _same, rows=1), _grows(1, 2)),
+    "mirror_down": (_beside(_same, flip_rows, rows=2), _grows(2, 1)),
+    "mirror_up": (_beside(flip_rows, _same, rows=2), _grows(2, 1)),
+    "half_turn_right": (_beside(_same, half_turn, rows=1), _grows(1, 2)),
+    "half_turn_down": (_beside(_same, half_turn, rows=2), _grows(2, 1)),
+    "four_mirrors": (_beside(_same, flip_cols, flip_rows, half_turn, rows=2), _grows(2, 2)),
+    "four_mirrors_in": (_beside(half_turn, flip_rows, flip_cols, _same, rows=2), _grows(2, 2)),
+    "four_turns": (_square_only(_beside(_same, _turn_right, _turn_left, half_turn, rows=2)), _grows(2, 2)),
+    "four_turns_left": (_square_only(_beside(_same, _turn_left, _turn_right, half_turn, rows=2)), _grows(2, 2)),
+    "four_turns_half": (_square_only(_beside(_same, _turn_left, half_turn, _turn_right, rows=2)), _grows(2, 2)),
+    "double": (_enlarged(2, 2), _grows(2, 2)),
+    "triple": (_enlarged(3, 3), _grows(3, 3)),
+    "quadruple": (_enlarged(4, 4), _grows(4, 4)),
+    "double_across": (_enlarged(1, 2), _grows(1, 2)),
+    "double_down": (_enlarged(2, 1), _grows(2, 1)),
+}
+_RESHAPING: dict[str, Change] = {
+    "runs": Change(lambda s: merge_runs(s.grid), _shrinks),
+    "foreground_box": Change(lambda s: crop(s.grid, s.foreground), _shrinks),
+    "inside": Change(lambda s: inside(s.grid), _adds(-2)),
+    "shrunk": Change(_shrunk, _shrinks),
+    "enlarged_by_colours": Change(_enlarged_by(lambda s: len(s.colours)), _multiplies),
+    "enlarged_by_cells": Change(_enlarged_by(lambda s: int(s.foreground.sum())), _multiplies),
+    "fractal": Change(_fractal(lambda s: s.foreground), _squares),
+    "fractal_inverse": Change(_fractal(lambda s: ~s.foreground), _squares),
+    "fractal_top": Change(_fractal(lambda s: s.grid == (s.colours[0] if s.colours else -1)), _squares),
+    "fractal_low": Change(_fractal(lambda s: s.grid == (s.colours[-1] if s.colours else -1)), _squares),
+    "framed": Change(_framed, _adds(2)),
+}
+_ON_THE_SPOT: dict[str, Transform] = {
+    "swapped": _swapped,
+    "lines_majority": _line_majority,
+    "grown": _outlined(False),
+    "grown_diagonal": _outlined(True),
+    "objects_down": _falling_objects(1, 0),
+    "objects_up": _falling_objects(-1, 0),
+    "objects_right": _falling_objects(0, 1),
+    "objects_left": _falling_objects(0, -1),
+    "numbered_by_size": _shapes_by(lambda o: o.rank),
+    "numbered_by_size_up": _shapes_by(lambda o: o.rank_up),
+    "joined_star": _joined((0, 1), (1, 0), (1, 1), (1, -1)),
+    "fall_down": _fall(0, True),
+    "fall_up": _fall(0, False),
+    "fall_right": _fall(1, True),
+    "fall_left": _fall(1, False),
+    "sorted_rows": _sorted_lines(0),
+    "sorted_cols": _sorted_lines(1),
+    "sides_merged": _merged_with(flip_cols),
+    "ends_merged": _merged_with(flip_rows),
+    "mirrors_merged": _merged_with(flip_cols, flip_rows, half_turn),
+    "transpose_merged": _merged_with(lambda g: g.T),
+    "turns_merged": _merged_with(_turn_left, _turn_right, half_turn),
+    "box_sides_merged": _box_mirrored(flip_cols),
+    "box_ends_merged": _box_mirrored(flip_rows),
+    "box_mirrors_merged": _box_mirrored(flip_cols, flip_rows, half_turn),
+    "box_turns_merged": _box_mirrored(_turn_left, _turn_right, half_turn),
+    "filled": _filled,
+    "boxes_filled": _box_filled,
+    "joined_rows": _joined((0, 1)),
+    "joined_cols": _joined((1, 0)),
+    "joined": _joined((0, 1), (1, 0)),
+    "joined_far": _joined_far,
+    "joined_diagonal": _joined((1, 1), (1, -1)),
+    "extended_rows": _extended((0, 1), (0, -1)),
+    "extended_cols": _extended((1, 0), (-1, 0)),
+    "extended": _extended((0, 1), (0, -1), (1, 0), (-1, 0)),
+    "extended_down": _extended((1, 0)),
+    "extended_up": _extended((-1, 0)),
+    "extended_right": _extended((0, 1)),
+    "extended_left": _extended((0, -1)),
+    "extended_diagonal": _extended((1, 1), (-1, -1), (1, -1), (-1, 1)),
+    "shapes_flipped_cols": _objects_mirrored("shapes", flip_cols),
+    "shapes_flipped_rows": _objects_mirrored("shapes", flip_rows),
+    "clusters_flipped_cols": _objects_mirrored("clusters", flip_cols),
+    "clusters_flipped_rows": _objects_mirrored("clusters", flip_rows),
+    "without_dots": _keep_objects("shapes", lambda o: o.size > 1),
+    "dots": _keep_objects("shapes", lambda o: o.size == 1),
+    "largest_shape": _keep_objects("shapes", _best(lambda o: o.size)),
+    "largest_cluster": _keep_objects("clusters", _best(lambda o: o.size)),
+    "smallest_shape": _keep_objects("shapes", _best(lambda o: -o.size)),
+    "odd_shape": _keep_objects("shapes", _best(lambda o: -o.twin_count)),
+    "inner_shapes": _keep_objects("shapes", lambda o: ~o.touches),
+    "outer_shapes": _keep_objects("shapes", lambda o: o.touches),
+}
+
+
+def _same_shape() -> dict[str, Transform]:
+    """Changes that keep the grid's shape, drawings aside."""
+    changes = dict(_ON_THE_SPOT)
     for name, mask in MASKS.items():
-        same_shape[f"repeated_{name}"] = repeated(mask)
-        same_shape[f"mirrored_{name}"] = mirrored(mask)
+        changes[f"repeated_{name}"] = repeated(mask)
+        changes[f"mirrored_{name}"] = mirrored(mask)
     for rank in (0, 1, -1):
-        same_shape[f"keep_colour_{rank}"] = _keep_colour(rank)
-        same_shape[f"drop_colour_{rank}"] = _drop_colour(rank)
-    same_shape |= DRAWINGS
-    changes |= reshaping
-    changes |= {name: Change(change, _keeps) for name, change in same_shape.items()}
-    return changes, tuple(same_shape)
+        changes[f"keep_colour_{rank}"] = _keep_colour(rank)
+        changes[f"drop_colour_{rank}"] = _drop_colour(rank)
+    return changes
 
 
-CHANGES, SAME_SHAPE = _changes()
+def _changes() -> dict[str, Change]:
+    changes = {name: Change(_of_grid(change), may) for name, (change, may) in _MIRRORS_AND_COPIES.items()}
+    changes |= _RESHAPING
+    changes |= {name: Change(change, _keeps) for name, change in _same_shape().items()}
+    return changes | {name: Change(change, _keeps, on_parts=False) for name, change in DRAWINGS.items()}
+
+
+CHANGES = _changes()
+SAME_SHAPE = (*_same_shape(), *DRAWINGS)  # those that draw on the grid and keep its shape

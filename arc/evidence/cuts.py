@@ -9,8 +9,7 @@ import numpy as np
 from arc.evidence.canvas import Objects
 from arc.evidence.changes import CHANGES
 from arc.evidence.restore import MASKS, hidden_patch, mirrored, repeated
-from arc.evidence.scene import Grid, Scene, Transform, crop, inside, merge_runs
-from arc.evidence.sizes import lines, spans
+from arc.evidence.scene import Grid, Scene, Transform, crop, inside, lines, merge_runs, spans
 
 ObjectKey = Callable[[Objects], np.ndarray]
 
@@ -240,50 +239,53 @@ def _top_object_colour(kind: str, key: ObjectKey) -> Callable[[Scene], int | Non
     return pick
 
 
+_PLAIN: dict[str, Transform] = {
+    "all": lambda s: s.grid,
+    "foreground_box": lambda s: crop(s.grid, s.foreground),
+    "foreground_box_inside": lambda s: None if (b := crop(s.grid, s.foreground)) is None else inside(b),
+    "inside": lambda s: inside(s.grid),
+    "runs": lambda s: merge_runs(s.grid),
+    "filled_lines": _without_empty_lines,
+    "period": _period_tile,
+    "panel_summary": _panel_summary,
+    "left_half": _half(None, slice(None, 1)),
+    "right_half": _half(None, slice(1, None)),
+    "top_half": _half(slice(None, 1), None),
+    "bottom_half": _half(slice(1, None), None),
+    "top_left": _half(slice(None, 1), slice(None, 1)),
+    "top_right": _half(slice(None, 1), slice(1, None)),
+    "bottom_left": _half(slice(1, None), slice(None, 1)),
+    "bottom_right": _half(slice(1, None), slice(1, None)),
+    "first_part": _part_at(0),
+    "second_part": _part_at(1),
+    "third_part": _part_at(2),
+    "last_part": _part_at(-1),
+    "odd_part": _part(_odd_part),
+    "fullest_part": _part(lambda ps: int(np.argmax([_cells_in(p) for p in ps]))),
+    "emptiest_part": _part(lambda ps: int(np.argmin([_cells_in(p) for p in ps]))),
+    "richest_part": _part(lambda ps: int(np.argmax([len(np.unique(p)) for p in ps]))),
+    "parts_code": _pair_code,
+    "three_parts_code": _triple_code,
+    "parts_all": _logic(lambda m: np.logical_and.reduce(m)),
+    "parts_any": _logic(lambda m: np.logical_or.reduce(m)),
+    "parts_odd": _logic(lambda m: m.sum(0) % 2 == 1),
+    "parts_one": _logic(lambda m: m.sum(0) == 1),
+    "overlay": _overlay(lambda ps: ps),
+    "overlay_reversed": _overlay(lambda ps: ps[::-1]),
+    "overlay_by_fill": _overlay(lambda ps: sorted(ps, key=_cells_in, reverse=True)),
+    "overlay_by_fill_reversed": _overlay(lambda ps: sorted(ps, key=_cells_in)),
+    "colours_across": _colour_list(False, "count"),
+    "colours_down": _colour_list(True, "count"),
+    "colours_left_to_right": _colour_list(False, "place"),
+    "colours_top_to_bottom": _colour_list(True, "place"),
+    "colour_bars": _colour_bars,
+    "commonest_colour": _single(lambda s: s.colours[0] if s.colours else None),
+    "rarest_colour": _single(lambda s: s.colours[-1] if s.colours else None),
+}
+
+
 def _cuts() -> dict[str, Transform]:
-    cuts: dict[str, Transform] = {
-        "all": lambda s: s.grid,
-        "foreground_box": lambda s: crop(s.grid, s.foreground),
-        "foreground_box_inside": lambda s: None if (b := crop(s.grid, s.foreground)) is None else inside(b),
-        "inside": lambda s: inside(s.grid),
-        "runs": lambda s: merge_runs(s.grid),
-        "filled_lines": _without_empty_lines,
-        "period": _period_tile,
-        "panel_summary": _panel_summary,
-        "left_half": _half(None, slice(None, 1)),
-        "right_half": _half(None, slice(1, None)),
-        "top_half": _half(slice(None, 1), None),
-        "bottom_half": _half(slice(1, None), None),
-        "top_left": _half(slice(None, 1), slice(None, 1)),
-        "top_right": _half(slice(None, 1), slice(1, None)),
-        "bottom_left": _half(slice(1, None), slice(None, 1)),
-        "bottom_right": _half(slice(1, None), slice(1, None)),
-        "first_part": _part_at(0),
-        "second_part": _part_at(1),
-        "third_part": _part_at(2),
-        "last_part": _part_at(-1),
-        "odd_part": _part(_odd_part),
-        "fullest_part": _part(lambda ps: int(np.argmax([_cells_in(p) for p in ps]))),
-        "emptiest_part": _part(lambda ps: int(np.argmin([_cells_in(p) for p in ps]))),
-        "richest_part": _part(lambda ps: int(np.argmax([len(np.unique(p)) for p in ps]))),
-        "parts_code": _pair_code,
-        "three_parts_code": _triple_code,
-        "parts_all": _logic(lambda m: np.logical_and.reduce(m)),
-        "parts_any": _logic(lambda m: np.logical_or.reduce(m)),
-        "parts_odd": _logic(lambda m: m.sum(0) % 2 == 1),
-        "parts_one": _logic(lambda m: m.sum(0) == 1),
-        "overlay": _overlay(lambda ps: ps),
-        "overlay_reversed": _overlay(lambda ps: ps[::-1]),
-        "overlay_by_fill": _overlay(lambda ps: sorted(ps, key=_cells_in, reverse=True)),
-        "overlay_by_fill_reversed": _overlay(lambda ps: sorted(ps, key=_cells_in)),
-        "colours_across": _colour_list(False, "count"),
-        "colours_down": _colour_list(True, "count"),
-        "colours_left_to_right": _colour_list(False, "place"),
-        "colours_top_to_bottom": _colour_list(True, "place"),
-        "colour_bars": _colour_bars,
-        "commonest_colour": _single(lambda s: s.colours[0] if s.colours else None),
-        "rarest_colour": _single(lambda s: s.colours[-1] if s.colours else None),
-    }
+    cuts = dict(_PLAIN)
     for rank in (0, 1, 2, -1):
         cuts[f"colour_{rank}_box"] = _colour_box(rank, hollow=False)
         cuts[f"colour_{rank}_box_inside"] = _colour_box(rank, hollow=True)

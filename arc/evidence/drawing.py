@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.evidence.canvas import Objects, region_rim
-from arc.evidence.scene import Grid, Scene, Transform
-from arc.evidence.sizes import lines, spans
+from arc.evidence.canvas import Objects, first_met, region_rim, shifted
+from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, lines, spans
 
 Mask = np.ndarray
 Place = tuple[np.ndarray, np.ndarray]  # rows and columns
@@ -64,27 +63,6 @@ CHOICES: dict[str, Choice] = {
 # ----------------------------------------------------------------------------------------------------------------
 # Rays and lines
 # ----------------------------------------------------------------------------------------------------------------
-def _shift(plane: np.ndarray, dr: int, dc: int) -> np.ndarray:
-    """The plane moved `dr` down and `dc` right, NOTHING moved in."""
-    result = np.full_like(plane, NOTHING)
-    height, width = plane.shape
-    if abs(dr) < height and abs(dc) < width:
-        to = slice(max(0, dr), height + min(0, dr)), slice(max(0, dc), width + min(0, dc))
-        start = slice(max(0, -dr), height + min(0, -dr)), slice(max(0, -dc), width + min(0, -dc))
-        result[to] = plane[start]
-    return result
-
-
-def _cast(values: np.ndarray, dr: int, dc: int) -> np.ndarray:
-    """The last value (not NOTHING) before each cell when coming from (-dr, -dc); each round looks twice as far."""
-    found, reach = _shift(values, dr, dc), 1
-    while reach < max(values.shape):
-        further = _shift(found, dr * reach, dc * reach)
-        found = np.where(found == NOTHING, further, found)
-        reach *= 2
-    return found
-
-
 def rays(choice: Choice, steps: tuple[tuple[int, int], ...], through: bool = False) -> Transform:
     """Chosen cells drawn on, straight, over the background: to the first foreground cell, or beyond if `through`."""
 
@@ -96,7 +74,7 @@ def rays(choice: Choice, steps: tuple[tuple[int, int], ...], through: bool = Fal
         values = np.where(chosen, scene.grid.astype(np.int64), empty)
         result = scene.grid
         for dr, dc in steps:
-            origin = _cast(values, dr, dc)
+            origin = first_met(values, -dr, -dc, NOTHING)
             drawn = (result == scene.background) & ~scene.foreground & (origin != NOTHING) & (origin != 10)
             result = np.where(drawn, origin, result)
         return result.astype(np.uint8)
@@ -114,7 +92,7 @@ def grown(choice: Choice, steps: tuple[tuple[int, int], ...]) -> Transform:
         values = np.where(chosen, scene.grid.astype(np.int64), NOTHING)
         result = scene.grid
         for dr, dc in steps:
-            near = _shift(values, dr, dc)
+            near = shifted(values, -dr, -dc, NOTHING)
             result = np.where((result == scene.background) & (near != NOTHING), near, result)
         return result.astype(np.uint8)
 
@@ -131,7 +109,7 @@ def linked_to(choice: Choice) -> Transform:
         values = np.where(chosen, 10, np.where(scene.foreground, scene.grid.astype(np.int64), NOTHING))
         result = scene.grid
         for dr, dc in DIRECTIONS["cross"]:
-            colour, anchor = _cast(values, dr, dc), _cast(values, -dr, -dc)
+            colour, anchor = first_met(values, -dr, -dc, NOTHING), first_met(values, dr, dc, NOTHING)
             linked = ~scene.foreground & (anchor == 10) & (colour >= 0) & (colour < 10)
             result = np.where(linked, colour, result)
         return result.astype(np.uint8)
@@ -373,7 +351,7 @@ def erased(rank: int) -> Transform:
             hidden = result == NOTHING
             if not hidden.any():
                 return result.astype(np.uint8)
-            near = np.stack([_shift(result, dr, dc) for dr, dc in DIRECTIONS["star"]])
+            near = np.stack([shifted(result, -dr, -dc, NOTHING) for dr, dc in DIRECTIONS["star"]])
             counts = np.stack([(near == colour).sum(0) for colour in range(10)])
             result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0), result)
         return None
@@ -390,7 +368,7 @@ def flooded(rank: int) -> Transform:
         regions, wall = scene.canvas.regions, scene.colours[rank]
         seen = np.zeros((regions.count, 10), bool)
         for dr, dc in DIRECTIONS["cross"]:
-            near = _shift(scene.grid.astype(np.int64), dr, dc).reshape(-1)[regions.cells]
+            near = shifted(scene.grid.astype(np.int64), -dr, -dc, NOTHING).reshape(-1)[regions.cells]
             valid = near >= 0
             seen[regions.of[valid], near[valid]] = True
         seen[:, [wall, scene.background]] = False
@@ -439,7 +417,7 @@ def _carried(scene: Scene, dr: int, dc: int) -> Grid:
     values = np.where(scene.foreground, result, NOTHING)
     for sign in (1, -1):
         for step in range(1, 30):
-            image = _shift(values, sign * step * dr, sign * step * dc)
+            image = shifted(values, -sign * step * dr, -sign * step * dc, NOTHING)
             result = np.where((result == scene.background) & (image != NOTHING), image, result)
     return result.astype(np.uint8)
 
@@ -532,18 +510,6 @@ def _rolled(dr: int, dc: int) -> Transform:
     return lambda scene: np.roll(scene.grid, (dr, dc), (0, 1))
 
 
-def _lr(grid: Grid) -> Grid:
-    return grid[:, ::-1]
-
-
-def _ud(grid: Grid) -> Grid:
-    return grid[::-1]
-
-
-def _half_turn(grid: Grid) -> Grid:
-    return grid[::-1, ::-1]
-
-
 def _drawings() -> dict[str, Transform]:
     drawings: dict[str, Transform] = {
         "colour_boxes": colour_boxes,
@@ -560,7 +526,7 @@ def _drawings() -> dict[str, Transform]:
         "symmetric_lines": symmetric(_pivot_of_lines, False),
         "symmetric_lines_turned": symmetric(_pivot_of_lines, True),
         "dots_to_own_colour": dots_to_own_colour,
-        "clusters_mirrors": clusters_symmetric(_lr, _ud, _half_turn),
+        "clusters_mirrors": clusters_symmetric(flip_cols, flip_rows, half_turn),
         "elbow_rows_first": elbow(True),
         "elbow_cols_first": elbow(False),
         "rolled_down": _rolled(1, 0),

@@ -15,7 +15,6 @@ import numpy as np
 
 from arc.evidence.changes import CHANGES
 from arc.evidence.cuts import CUTS
-from arc.evidence.drawing import DRAWINGS
 from arc.evidence.scene import Grid, Scene, Shape
 
 MAX_LEFT_OUT = 3  # at most so many demonstrations are ever left out: a query, its feedback pair, the one being judged
@@ -99,7 +98,7 @@ class ProgramSearch:
             may = CHANGES[change].may if change else operator.eq
             possible = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
             for cut in sorted(possible, key=order.__getitem__):
-                if change in DRAWINGS and cut != "all":  # too many for parts of the grid
+                if change and not CHANGES[change].on_parts and cut != "all":
                     continue
                 maps = self._fits(cut, change)
                 if maps is not None:

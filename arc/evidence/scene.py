@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
 
-from arc.evidence.canvas import Canvas, background, first_seen
-from arc.evidence.sizes import lines, spans
+from arc.evidence.canvas import Canvas, background, first_seen, ranked_colours
 
 Grid = np.ndarray
 Shape = tuple[int, int]
@@ -43,9 +42,7 @@ class Scene:
     @cached_property
     def colours(self) -> list[int]:
         """Foreground colours, commonest first (ties: the smaller)."""
-        counts = np.bincount(self.grid.reshape(-1), minlength=10)
-        counts[self.background] = 0
-        return [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
+        return ranked_colours(self.grid, self.background)
 
     @cached_property
     def panels(self) -> list[Grid]:
@@ -90,3 +87,43 @@ def merge_runs(grid: Grid) -> Grid:
     rows = np.concatenate([[True], (grid[1:] != grid[:-1]).any(1)])
     cols = np.concatenate([[True], (grid[:, 1:] != grid[:, :-1]).any(0)])
     return grid[rows][:, cols]
+
+
+def lines(grid: np.ndarray) -> tuple[list[int], list[int], int | None]:
+    """Rows and columns that are of one single colour from side to side, and that colour.
+
+    The colour is the one with the most such lines (ties: the smaller); the grid's commonest colour does not count.
+    """
+    flat_rows = [int(row[0]) if (row == row[0]).all() else -1 for row in grid]
+    flat_cols = [int(col[0]) if (col == col[0]).all() else -1 for col in grid.T]
+    tally = np.bincount([c for c in flat_rows + flat_cols if c >= 0], minlength=10)
+    values, counts = np.unique(grid, return_counts=True)
+    tally[values[counts.argmax()]] = 0
+    if not tally.any():
+        return [], [], None
+    colour = int(tally.argmax())
+    return (
+        [r for r, c in enumerate(flat_rows) if c == colour],
+        [k for k, c in enumerate(flat_cols) if c == colour],
+        colour,
+    )
+
+
+def spans(separators: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Half-open intervals between separator positions, empty ones left out."""
+    edges = [-1, *separators, length]
+    return [(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b > a + 1]
+
+
+def flip_cols(grid: Grid) -> Grid:
+    """Mirrored left to right."""
+    return grid[:, ::-1]
+
+
+def flip_rows(grid: Grid) -> Grid:
+    """Mirrored top to bottom."""
+    return grid[::-1]
+
+
+def half_turn(grid: Grid) -> Grid:
+    return grid[::-1, ::-1]

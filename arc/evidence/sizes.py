@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from arc.evidence.canvas import Canvas, Objects
+from arc.evidence.scene import lines, spans
 from arc.tasks import MAX_SIDE
 
 Size = tuple[int, int]
@@ -101,16 +102,9 @@ def _foreground_box(margin: int = 0) -> SizeFunction:
     return rule
 
 
-def _ranked_colours(view: View) -> list[int]:
-    """Foreground colours, commonest first (ties: the smaller)."""
-    counts = np.bincount(view.grid.reshape(-1), minlength=10)
-    counts[view.canvas.background[view.index]] = 0
-    return [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
-
-
 def _colour_box(rank: int, margin: int = 0) -> SizeFunction:
     def rule(view: View, _: Sequence[Demo]) -> Size | None:
-        colours = _ranked_colours(view)
+        colours = view.canvas.colours[view.index]
         if not -len(colours) <= rank < len(colours):
             return None
         box = _box(view.grid == colours[rank])
@@ -139,32 +133,6 @@ def _object_box(kind: str, key: Callable[[Objects, int], float], margin: int = 0
 
 def _count(counter: Callable[[View], int], shape: Callable[[int], Size]) -> SizeFunction:
     return lambda view, _: shape(counter(view))
-
-
-def lines(grid: np.ndarray) -> tuple[list[int], list[int], int | None]:
-    """Rows and columns that are of one single colour from side to side, and that colour.
-
-    The colour is the one with the most such lines (ties: the smaller); the grid's commonest colour does not count.
-    """
-    flat_rows = [int(row[0]) if (row == row[0]).all() else -1 for row in grid]
-    flat_cols = [int(col[0]) if (col == col[0]).all() else -1 for col in grid.T]
-    tally = np.bincount([c for c in flat_rows + flat_cols if c >= 0], minlength=10)
-    values, counts = np.unique(grid, return_counts=True)
-    tally[values[counts.argmax()]] = 0
-    if not tally.any():
-        return [], [], None
-    colour = int(tally.argmax())
-    return (
-        [r for r, c in enumerate(flat_rows) if c == colour],
-        [k for k, c in enumerate(flat_cols) if c == colour],
-        colour,
-    )
-
-
-def spans(separators: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """Half-open intervals between separator positions, empty ones left out."""
-    edges = [-1, *separators, length]
-    return [(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b > a + 1]
 
 
 def _panel_size(view: View, _: Sequence[Demo]) -> Size | None:
@@ -261,11 +229,19 @@ def _program(view: View, demos: Sequence[Demo]) -> Size | None:
 
 
 def _colours(view: View) -> int:
-    return len(_ranked_colours(view))
+    return len(view.canvas.colours[view.index])
 
 
 def _foreground_cells(view: View) -> int:
     return int((view.grid != view.canvas.background[view.index]).sum())
+
+
+def _times(counter: Callable[[View], int]) -> SizeFunction:
+    def rule(view: View, _: Sequence[Demo]) -> Size | None:
+        n = counter(view)
+        return view.grid.shape[0] * n, view.grid.shape[1] * n
+
+    return rule
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -278,8 +254,8 @@ _WAYS: dict[str, Callable[[int], Size]] = {
 }
 
 
-def _declare() -> tuple[SizeRule, ...]:
-    rules = [
+def _from_the_demonstrations() -> list[SizeRule]:
+    return [
         SizeRule("input", _scaled((1, 1)), "the input's size"),
         SizeRule("transposed", _by_grid(lambda g: (g.shape[1], g.shape[0])), "the input's size, sides swapped"),
         SizeRule("common", _common, "the demonstrations' commonest output size", needs_demos=True),
@@ -289,6 +265,10 @@ def _declare() -> tuple[SizeRule, ...]:
         SizeRule("program", _program, "the result of a program that fits the demonstrations", needs_demos=True),
         SizeRule("linear", _linear, "each side on a line through the demonstrations", needs_demos=True),
     ]
+
+
+def _ratios() -> list[SizeRule]:
+    rules = []
     for up in ((2, 2), (3, 3), (1, 2), (2, 1), (1, 3), (3, 1), (4, 4), (5, 5), (6, 6), (1, 4), (4, 1)):
         rules.append(SizeRule(f"times_{up[0]}_{up[1]}", _scaled(up), f"the input's sides times {up}"))
     for down in ((2, 2), (3, 3), (1, 2), (2, 1), (1, 3), (3, 1), (4, 4), (1, 4), (4, 1), (5, 5)):
@@ -307,7 +287,11 @@ def _declare() -> tuple[SizeRule, ...]:
         rules.append(
             SizeRule(f"plus_{delta[0]}_{delta[1]}", _scaled((1, 1), add=delta), f"the input's sides plus {delta}")
         )
-    rules += [
+    return rules
+
+
+def _from_the_grid() -> list[SizeRule]:
+    return [
         SizeRule("squared", _by_grid(lambda g: (g.shape[0] ** 2, g.shape[1] ** 2)), "the input's sides squared"),
         SizeRule("longer_side", _by_grid(lambda g: (max(g.shape), max(g.shape))), "a square of the longer side"),
         SizeRule("shorter_side", _by_grid(lambda g: (min(g.shape), min(g.shape))), "a square of the shorter side"),
@@ -329,6 +313,10 @@ def _declare() -> tuple[SizeRule, ...]:
         SizeRule("panel", _panel_size, "one panel of a grid cut by full lines"),
         SizeRule("panel_count", _panel_count, "the number of panels down and across"),
     ]
+
+
+def _boxes() -> list[SizeRule]:
+    rules = []
     for margin in (0, -2, 2, -4):
         meaning = f"box of the foreground, {margin:+d}"
         rules.append(SizeRule(f"foreground_box_{margin}", _foreground_box(margin), meaning))
@@ -336,26 +324,42 @@ def _declare() -> tuple[SizeRule, ...]:
         for margin in (0, -2):
             name = f"colour_box_{rank}_{margin}"
             rules.append(SizeRule(name, _colour_box(rank, margin), f"box of the colour of rank {rank}, {margin:+d}"))
-    keys: dict[str, Callable[[Objects, int], float]] = {
-        "largest": lambda o, m: o.size[m],
-        "smallest": lambda o, m: -o.size[m],
-        "tallest": lambda o, m: o.height[m],
-        "widest": lambda o, m: o.width[m],
-        "biggest_box": lambda o, m: o.height[m] * o.width[m],
-        "most_colours": lambda o, m: o.colours[m],
-        "rarest": lambda o, m: -int(o.twin_count[m]),
-        "commonest": lambda o, m: int(o.twin_count[m]),
-        "inner": lambda o, m: (not o.touches[m]) * o.size[m],
-        "solid": lambda o, m: (o.size[m] == o.height[m] * o.width[m]) * o.size[m],
-        "emptiest": lambda o, m: o.height[m] * o.width[m] - o.size[m],
-    }
+    return rules
+
+
+_OBJECT_KEYS: dict[str, Callable[[Objects, int], float]] = {
+    "largest": lambda o, m: o.size[m],
+    "smallest": lambda o, m: -o.size[m],
+    "tallest": lambda o, m: o.height[m],
+    "widest": lambda o, m: o.width[m],
+    "biggest_box": lambda o, m: o.height[m] * o.width[m],
+    "most_colours": lambda o, m: o.colours[m],
+    "rarest": lambda o, m: -int(o.twin_count[m]),
+    "commonest": lambda o, m: int(o.twin_count[m]),
+    "inner": lambda o, m: (not o.touches[m]) * o.size[m],
+    "solid": lambda o, m: (o.size[m] == o.height[m] * o.width[m]) * o.size[m],
+    "emptiest": lambda o, m: o.height[m] * o.width[m] - o.size[m],
+}
+
+
+def _objects() -> list[SizeRule]:
+    rules = []
     for kind in ("shapes", "clusters", "regions"):
-        for name, key in keys.items():
+        for name, key in _OBJECT_KEYS.items():
             rules.append(SizeRule(f"{kind}_{name}", _object_box(kind, key), f"box of the {name} of the {kind}"))
     for kind, name in (("shapes", "largest"), ("clusters", "largest"), ("shapes", "emptiest"), ("regions", "largest")):
         rules.append(
-            SizeRule(f"{kind}_{name}_inside", _object_box(kind, keys[name], -2), f"inside of the {name} of the {kind}")
+            SizeRule(
+                f"{kind}_{name}_inside",
+                _object_box(kind, _OBJECT_KEYS[name], -2),
+                f"inside of the {name} of the {kind}",
+            )
         )
+    return rules
+
+
+def _counts() -> list[SizeRule]:
+    rules = []
     counters: dict[str, Callable[[View], int]] = {
         "shapes": lambda v: len(v.objects("shapes")),
         "clusters": lambda v: len(v.objects("clusters")),
@@ -365,15 +369,11 @@ def _declare() -> tuple[SizeRule, ...]:
     for name, counter in counters.items():
         for way, shape in _WAYS.items():
             rules.append(SizeRule(f"{name}_{way}", _count(counter, shape), f"the number of {name}, {way}"))
-    return tuple(rules)
+    return rules
 
 
-def _times(counter: Callable[[View], int]) -> SizeFunction:
-    def rule(view: View, _: Sequence[Demo]) -> Size | None:
-        n = counter(view)
-        return view.grid.shape[0] * n, view.grid.shape[1] * n
-
-    return rule
+def _declare() -> tuple[SizeRule, ...]:
+    return (*_from_the_demonstrations(), *_ratios(), *_from_the_grid(), *_boxes(), *_objects(), *_counts())
 
 
 PRIORS_FILE = Path(__file__).with_name("size_priors.json")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.canvas import OUTSIDE, UNAVAILABLE, OutputCells
+from arc.evidence.canvas import OUTSIDE, UNAVAILABLE
+from arc.evidence.cells import OutputCells
 from arc.evidence.changes import SAME_SHAPE
 from arc.evidence.cuts import CUTS
 
@@ -29,7 +30,7 @@ def _through(plane: str, anchor: str = "same") -> Callable[[OutputCells], np.nda
     """A colour plane of the input read through an anchor."""
 
     def source(cells: OutputCells) -> np.ndarray:
-        values = cells.read(cells.canvas.planes[plane], anchor)
+        values = cells.read(plane, anchor)
         return np.where((values >= 0) & (values < OUTSIDE), values, UNAVAILABLE)
 
     return source
@@ -55,15 +56,9 @@ def _ranked(rank: int) -> Callable[[OutputCells], np.ndarray]:
     """The foreground colour of a given rank by number of cells in the grid (-1: the rarest)."""
 
     def source(cells: OutputCells) -> np.ndarray:
-        canvas = cells.canvas
-        picks = np.full(len(canvas.grids), UNAVAILABLE)
-        for index, grid in enumerate(canvas.grids):
-            counts = np.bincount(grid.reshape(-1), minlength=10)
-            counts[canvas.background[index]] = 0
-            order = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
-            if -len(order) <= rank < len(order):
-                picks[index] = order[rank]
-        return picks[cells.grid]
+        ranked = cells.canvas.colours
+        picks = [colours[rank] if -len(colours) <= rank < len(colours) else UNAVAILABLE for colours in ranked]
+        return np.array(picks)[cells.grid]
 
     return source
 
@@ -96,50 +91,54 @@ def _whole(cut: str, change: str) -> Callable[[OutputCells], np.ndarray]:
     return source
 
 
+_ANCHORS = (
+    ("flip_cols", "mirrored left to right"),
+    ("flip_rows", "mirrored top to bottom"),
+    ("half_turn", "turned by 180 degrees"),
+    ("transpose", "mirrored at the main diagonal"),
+    ("anti_transpose", "mirrored at the other diagonal"),
+    ("turn_left", "turned left"),
+    ("turn_right", "turned right"),
+    ("scale", "stretched or shrunk to the output's size"),
+    ("tile", "repeated"),
+    ("fold", "repeated with every other copy mirrored"),
+    ("fold_far", "repeated with every other copy mirrored, starting with a mirrored one"),
+    ("end", "aligned at the bottom right"),
+    ("centre", "aligned at the centre"),
+)
+_PLANES = (
+    ("north", "first foreground colour above"),
+    ("south", "first foreground colour below"),
+    ("west", "first foreground colour to the left"),
+    ("east", "first foreground colour to the right"),
+    ("north_west", "first foreground colour up the diagonal to the left"),
+    ("north_east", "first foreground colour up the diagonal to the right"),
+    ("south_west", "first foreground colour down the diagonal to the left"),
+    ("south_east", "first foreground colour down the diagonal to the right"),
+    ("between_rows", "the colour met both above and below"),
+    ("between_cols", "the colour met both left and right"),
+    ("row_flat", "the one colour of the whole row"),
+    ("col_flat", "the one colour of the whole column"),
+    ("cluster_top", "commonest colour of the cell's cluster"),
+    ("cluster_low", "rarest colour of the cell's cluster"),
+    ("cluster_other", "the cluster's commonest colour other than the cell's"),
+    ("region_rim", "commonest colour around the cell's region"),
+    ("row_top", "commonest foreground colour of the row"),
+    ("col_top", "commonest foreground colour of the column"),
+    ("row_first", "the first cell of the row"),
+    ("row_last", "the last cell of the row"),
+    ("col_first", "the first cell of the column"),
+    ("col_last", "the last cell of the column"),
+    ("nearest_colour", "colour of the nearest foreground cell in the four directions"),
+)
+
+
 def _declare() -> tuple[Source, ...]:
     sources = [Source("input", _through("colour"), "the input cell at the same place")]
-    for anchor, meaning in (
-        ("flip_cols", "mirrored left to right"),
-        ("flip_rows", "mirrored top to bottom"),
-        ("half_turn", "turned by 180 degrees"),
-        ("transpose", "mirrored at the main diagonal"),
-        ("anti_transpose", "mirrored at the other diagonal"),
-        ("turn_left", "turned left"),
-        ("turn_right", "turned right"),
-        ("scale", "stretched or shrunk to the output's size"),
-        ("tile", "repeated"),
-        ("fold", "repeated with every other copy mirrored"),
-        ("fold_far", "repeated with every other copy mirrored, starting with a mirrored one"),
-        ("end", "aligned at the bottom right"),
-        ("centre", "aligned at the centre"),
-    ):
+    for anchor, meaning in _ANCHORS:
         sources.append(Source(f"input_{anchor}", _through("colour", anchor), f"the input {meaning}"))
     sources.append(Source("background", lambda cells: cells.canvas.background[cells.grid], "the background colour"))
-    for plane, meaning in (
-        ("north", "first foreground colour above"),
-        ("south", "first foreground colour below"),
-        ("west", "first foreground colour to the left"),
-        ("east", "first foreground colour to the right"),
-        ("north_west", "first foreground colour up the diagonal to the left"),
-        ("north_east", "first foreground colour up the diagonal to the right"),
-        ("south_west", "first foreground colour down the diagonal to the left"),
-        ("south_east", "first foreground colour down the diagonal to the right"),
-        ("between_rows", "the colour met both above and below"),
-        ("between_cols", "the colour met both left and right"),
-        ("row_flat", "the one colour of the whole row"),
-        ("col_flat", "the one colour of the whole column"),
-        ("cluster_top", "commonest colour of the cell's cluster"),
-        ("cluster_low", "rarest colour of the cell's cluster"),
-        ("cluster_other", "the cluster's commonest colour other than the cell's"),
-        ("region_rim", "commonest colour around the cell's region"),
-        ("row_top", "commonest foreground colour of the row"),
-        ("col_top", "commonest foreground colour of the column"),
-        ("row_first", "the first cell of the row"),
-        ("row_last", "the last cell of the row"),
-        ("col_first", "the first cell of the column"),
-        ("col_last", "the last cell of the column"),
-        ("nearest_colour", "colour of the nearest foreground cell in the four directions"),
-    ):
+    for plane, meaning in _PLANES:
         sources.append(Source(plane, _through(plane), meaning))
     for rank in (0, 1, 2, -1, -2):
         sources.append(Source(f"ranked_{rank}", _ranked(rank), f"the foreground colour of rank {rank} in the grid"))
@@ -160,6 +159,7 @@ def _declare() -> tuple[Source, ...]:
 
 SOURCES = _declare()
 NUM_SOURCES = len(SOURCES)
+SOURCE_NUMBER = {source.name: number for number, source in enumerate(SOURCES)}
 
 
 def source_values(cells: OutputCells) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The declared evidence tables: which features of an output cell make up its context, one table a line.
 
-To add a table, add a line; to add a feature, add a plane or an anchor in `canvas.py` under a name.
+To add a table, add a line; to add a feature, add a plane (`planes.py`) or an anchor (`cells.py`) under a name.
 """
 
 from __future__ import annotations
@@ -178,3 +178,4 @@ TABLES: tuple[Table, ...] = (
 NUM_TABLES = len(TABLES)
 NUM_SOURCE_TABLES = sum(table.kind == "source" for table in TABLES)
 NUM_COLOUR_TABLES = sum(table.kind == "colour" for table in TABLES)
+NUM_HASHED_TABLES = NUM_COLOUR_TABLES + NUM_SOURCE_TABLES  # the first of TABLES; program tables have no context

@@ -8,30 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from arc.report.templates import part
 
 MAX_POINTS = 300  # a chart is about that many pixels wide
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 8.0, 32.0
 MARKED = 40  # a series of at most so many points gets a dot on each
-
-CSS = """
-.chart { margin: 0; }
-.chart figcaption { font-weight: 600; }
-.chart svg { display: block; width: 100%; height: auto; }
-.chart text { font: 11px system-ui, sans-serif; fill: var(--muted); }
-.chart .rule { stroke: var(--rule); fill: none; }
-.chart .zero { stroke: var(--muted); fill: none; }
-.chart .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.chart .band { stroke: none; opacity: .2; }
-.legend { font-size: .85rem; color: var(--muted); }
-.legend span { white-space: nowrap; margin-right: .9em; }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
-""" + "".join(
-    f".s{k} .line {{ stroke: var(--s{k}); }} .s{k} .band, .s{k} circle {{ fill: var(--s{k}); }} "
-    f".legend .s{k} {{ background: var(--s{k}); }}\n"
-    for k in range(4)
-)
 
 
 @dataclass(frozen=True)
@@ -88,28 +73,19 @@ def number(value: float) -> str:
 
 def line_chart(
     title: str, series: Sequence[Series], *, x_label: str = "batch", log: bool = False, zero: bool = True
-) -> str:
+) -> Markup:
     """A chart as one HTML `<figure>`, at most four series; where there are no points, a line says so.
 
     `log` asks for a logarithmic axis, which is used where all values are positive. A linear axis shows zero, unless
     `zero` is off.
     """
-    lines = [(one.label, downsample(one.points)) for one in series]
-    lines = [(label, buckets) for label, buckets in lines if buckets]
-    caption = f"<figcaption>{escape(title)}</figcaption>"
-    if not lines:
-        return f'<figure class="chart">{caption}<p class="legend">nothing recorded yet</p></figure>'
-    every = [bucket for _, buckets in lines for bucket in buckets]
-    axes = Axes.around(every, log=log, zero=zero)
-    body = axes.draw(x_label) + "".join(_draw_line(axes, k, *line, x_label) for k, line in enumerate(lines))
-    legend = "".join(
-        f'<span><i class="s{k}"></i>{escape(label)} {number(buckets[-1].mean)}</span>'
-        for k, (label, buckets) in enumerate(lines)
-    )
-    return (
-        f'<figure class="chart">{caption}<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
-        f'aria-label="{escape(title)}">{body}</svg><div class="legend">{legend}</div></figure>'
-    )
+    drawn = [(one.label, buckets) for one in series if (buckets := downsample(one.points))]
+    if not drawn:
+        return part("empty_chart", title=title)
+    axes = Axes.around([bucket for _, buckets in drawn for bucket in buckets], log=log, zero=zero)
+    lines = [Line.of(axes, label, buckets) for label, buckets in drawn]
+    frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT}
+    return part("chart", title=title, x_label=x_label, frame=frame, axes=axes, lines=lines)
 
 
 @dataclass(frozen=True)
@@ -139,22 +115,14 @@ class Axes:
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    def draw(self, x_label: str) -> str:
-        """Grid lines and numbers."""
-        parts = []
-        for value in self.y_ticks():
-            _, y = self.at(self.x[0], value)
-            kind = "zero" if value == 0 else "rule"
-            parts.append(
-                f'<path class="{kind}" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-                f'<text x="{LEFT - 5:g}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
-            )
-        for value in (tick for tick in ticks(*self.x, 5) if tick == int(tick)):  # batches and epochs are whole
-            x, _ = self.at(value, 1.0)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 17:g}" text-anchor="middle">{value:.0f}</text>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(f'<text x="{middle:g}" y="{HEIGHT - 3:g}" text-anchor="middle">{escape(x_label)}</text>')
-        return "".join(parts)
+    def y_marks(self) -> list[tuple[float, str]]:
+        """Height in the picture, and the number there, of each grid line."""
+        return [(self.at(self.x[0], value)[1], number(value)) for value in self.y_ticks()]
+
+    def x_marks(self) -> list[tuple[float, str]]:
+        """Place across the picture, and the number there; batches and epochs are whole."""
+        whole = [tick for tick in ticks(*self.x, 5) if tick == int(tick)]
+        return [(self.at(value, 1.0)[0], f"{value:.0f}") for value in whole]
 
     def y_ticks(self) -> list[float]:
         """The values that get a grid line: powers of ten, if the axis is logarithmic and spans two of them."""
@@ -176,19 +144,30 @@ def _widen(span: tuple[float, float], margin: float = 0.0) -> tuple[float, float
     return low - room, high + room
 
 
-def _draw_line(axes: Axes, k: int, label: str, buckets: Sequence[Bucket], x_label: str) -> str:
-    places = [axes.at(b.x, b.mean) for b in buckets]
-    parts = [f'<path class="line" d="M{_path(places)}"/>']
-    if any(b.low < b.high for b in buckets):
+@dataclass(frozen=True)
+class Line:
+    """A series as it is drawn: `path` through the means and `band` around it (SVG path data; "" where nothing was
+    averaged), `dots` of a short series (x and y in the picture, batch, value), and its last value for the legend."""
+
+    label: str
+    path: str
+    band: str
+    dots: list[tuple[float, float, str, str]]
+    last: str
+
+    @classmethod
+    def of(cls, axes: Axes, label: str, buckets: Sequence[Bucket]) -> Line:
+        """The series of these buckets (not empty)."""
+        places = [axes.at(b.x, b.mean) for b in buckets]
         outline = [axes.at(b.x, b.high) for b in buckets] + [axes.at(b.x, b.low) for b in reversed(buckets)]
-        parts.insert(0, f'<path class="band" d="M{_path(outline)}z"/>')
-    if len(buckets) <= MARKED:
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"><title>'
-            f"{escape(label)}, {escape(x_label)} {b.x:g}: {number(b.mean)}</title></circle>"
-            for b, (x, y) in zip(buckets, places, strict=True)
-        ]
-    return f'<g class="s{k}">{"".join(parts)}</g>'
+        dots = [(x, y, f"{b.x:g}", number(b.mean)) for b, (x, y) in zip(buckets, places, strict=True)]
+        return cls(
+            label=label,
+            path=f"M{_path(places)}",
+            band=f"M{_path(outline)}z" if any(b.low < b.high for b in buckets) else "",
+            dots=dots if len(buckets) <= MARKED else [],
+            last=number(buckets[-1].mean),
+        )
 
 
 def _path(places: Sequence[tuple[float, float]]) -> str:

@@ -2,7 +2,8 @@
 
 metrics.jsonl stays the source of truth: whenever a run's folder is opened, the events are written anew from its rows,
 so that after a resume they have no duplicate and no hole. Only the package's message types and its record writer are
-used, not its summary writer, which imports TensorFlow where that is installed and writes from a thread of its own.
+used, not torch's SummaryWriter: where TensorFlow is installed, as on Colab, importing that takes 5 to 10 s, and its
+purge_step knows steps only, of which a batch and the validation after it have the same one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc.evaluate import vote
+from arc.run.files import replace_file
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -32,11 +34,6 @@ if TYPE_CHECKING:
 PICTURED_TASKS = 8  # the first of a split, always the same
 CELL, GAP = 8, 8  # pixels: a cell with the line at its left and upper side; the space between two grids
 LINE, GROUND = 10, 11  # places in the palette, after the ten colours
-
-
-def installed() -> bool:
-    """Whether the `tensorboard` package is there; imports nothing."""
-    return importlib.util.find_spec("tensorboard") is not None
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -88,9 +85,12 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def panels(pair: PairPrediction) -> list[Grid]:
-    """Query, vote of the views before and after refinement, and the target where one is given."""
+    """Query, vote of the views before and after refinement, and the target where one is given.
+
+    Where time ran out before any view was predicted the pair's answer is the vote of the rules, and that is shown.
+    """
     test = pair.task.test[pair.test_index]
-    grids = [test.input, vote(pair.before)[0], vote(pair.after)[0]]
+    grids = [test.input, *(vote(views)[0] if views else pair.training_free for views in (pair.before, pair.after))]
     return grids if test.output is None else [*grids, test.output]
 
 
@@ -214,11 +214,9 @@ class EventLog:
         # Readers go through a folder's files by name; the old ones must come first, whatever the clock says.
         number = 1 + max([int(now), *(int(part) for file in old if (part := file.name.split(".")[3]).isdigit())])
         target = folder / f"events.out.tfevents.{number:010d}.{os.getpid()}"
-        temporary = folder / f".{target.name}"
-        for left_over in folder.glob(".events.out.*"):
+        for left_over in folder.glob(".*.tmp"):
             left_over.unlink()
-        temporary.write_bytes(b"".join(records))
-        temporary.replace(target)
+        replace_file(target, b"".join(records))
         for file in old:
             if file.stat().st_size:
                 os.truncate(file, 0)  # not removed: a TensorBoard that is reading it would never get past it
@@ -246,16 +244,17 @@ def as_record(event: Event) -> bytes:
 
 
 def open_events(folder: Path, rows: Sequence[Mapping[str, Any]], log: Callable[[str], None]) -> EventLog | None:
-    """The events of a run, with `rows` in it; None, said in one line, if the package cannot be imported."""
+    """The events of the run in `folder`, with `rows` in them. None if the package is not there, or, said in one line,
+    cannot be imported."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the package and what it imports: nothing that a user here could mend
             import tensorboard.compat.proto.event_pb2
             import tensorboard.summary.writer.record_writer  # noqa: F401
-    except (
-        Exception
-    ) as error:  # an installation can be broken in many ways (protobuf of another age), none of them ours
+    except Exception as error:  # an installation can be broken in many ways (another age's protobuf), none of them ours
         reason = next(iter(str(error).splitlines()), "")
         log(f"TensorBoard: the package cannot be imported ({type(error).__name__}: {reason}); going on without it")
         return None
-    return EventLog(folder, rows, log)
+    return EventLog(folder / "tensorboard", rows, log)

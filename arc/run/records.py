@@ -8,12 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arc.run.runlog import RunLog
-
-if TYPE_CHECKING:
-    from arc.predict import SplitReport
 
 RULE = "=" * 70
 SUMMED = ("loss", "reward", "solved", "vote_solved", "mask_ratio", "cells", "cells_processed", "qwen_grad")
@@ -147,68 +144,3 @@ def summary_lines(state: TrainState, title: str, size_weight: float, threshold: 
         f"{mean['solved']:.4f}, by the vote alone {mean['vote_solved']:.4f} | "
         f"cells processed that are real {real:.3f} | skipped steps {state.skipped_steps}",
     ]
-
-
-def validation_lines(epoch: int, label: str, report: SplitReport) -> list[str]:
-    """One split's figures, for people."""
-    free, answer, n = report.training_free, report.score, max(1, report.score.pairs)
-    return [
-        f"[Epoch {epoch}] {label}: pass@1 {answer.pass1_pairs / n:.4f} pass@2 {answer.pass2_pairs / n:.4f} "
-        f"({answer.pass2_pairs}/{answer.pairs}), official pass@2 {answer.pass2:.4f}, "
-        f"sizes right {answer.size_acc:.4f}, cells right {answer.cell_acc:.4f}",
-        f"[Epoch {epoch}]   training-free vote {free.pass1_pairs / n:.4f} + learned "
-        f"{(answer.pass1_pairs - free.pass1_pairs) / n:+.4f} = {answer.pass1_pairs / n:.4f}, with two attempts "
-        f"{free.pass2_pairs / n:.4f} + {(answer.pass2_pairs - free.pass2_pairs) / n:+.4f} (the agent's views "
-        f"alone: {report.agent.pass1_pairs / n:.4f})",
-        f"[Epoch {epoch}]   before refinement {report.before.pass1_pairs / n:.4f}, cell accuracy delta "
-        f"{report.delta:+.4f} +- {report.delta_error:.4f}",
-    ]
-
-
-def validation_row(prefix: str, report: SplitReport) -> dict[str, Any]:
-    """One split's figures for metrics.jsonl; prefix: "val" or "val.<split>"."""
-    answer, n = report.score, max(1, report.score.pairs)
-    figures = {
-        "pass1": answer.pass1_pairs / n,
-        "pass2": answer.pass2_pairs / n,
-        "before_pass1": report.before.pass1_pairs / n,
-        "vote_pass1": report.training_free.pass1_pairs / n,
-        "vote_pass2": report.training_free.pass2_pairs / n,
-        "agent_pass1": report.agent.pass1_pairs / n,
-        "agent_cells": report.agent.cell_acc,
-        "agent_sizes": report.agent.size_acc,
-        "cell_acc": answer.cell_acc,
-        "size_acc": answer.size_acc,
-        "pairs": answer.pairs,
-        "accuracy_delta": report.delta,
-        "accuracy_delta_error": report.delta_error,
-    }
-    return {f"{prefix}.{name}": value for name, value in figures.items()}
-
-
-def log_validation(
-    log: RunLog,
-    epoch: int,
-    step: int,
-    reports: Mapping[str, SplitReport],
-    labels: Mapping[str, str],
-    asked: Sequence[str],
-    memory: Mapping[str, Any],
-) -> None:
-    """The seed's two lines for the first split, then the detail of each; one row. asked: --val_splits, whose figures
-    stand under "val"; others are a data set's that was given to --eval_only."""
-    if not reports:
-        log.metrics({"step": step, "epoch": epoch, **memory})
-        return
-    headline = next(iter(reports.values()))
-    score = headline.score
-    log(f"[Epoch {epoch}] Val Accuracy: {score.pair_accuracy:.4f} ({score.pass1_pairs}/{score.pairs})")
-    log(f"[Epoch {epoch}] Accuracy Delta: {headline.delta:+.4f}")
-    row: dict[str, Any] = {"step": step, "epoch": epoch}
-    if score.name in asked:
-        row["val.split"] = score.name
-    for name, report in reports.items():
-        for line in validation_lines(epoch, labels[name], report):
-            log(line)
-        row |= validation_row("val" if report is headline and name in asked else f"val.{name}", report)
-    log.metrics({**row, "accuracy_delta": headline.delta, **memory})

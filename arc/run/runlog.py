@@ -5,31 +5,47 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from arc.report import events  # the run log opens it; moves to the caller
 from arc.run.files import replace_file
 from arc.run.terminal import progress_bar, write_line
 
 
+class Events(Protocol):
+    """What else keeps the rows of metrics.jsonl, and pictures of predictions: event files for TensorBoard."""
+
+    def scalars(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+
+    def pictures(self, split: str, step: int, pairs: Sequence[Any]) -> None:
+        """Append pictures of a split's predictions, before the row of their validation."""
+
+    def close(self) -> None:
+        """Append nothing more."""
+
+
+# Called with the run's folder, the rows that are in metrics.jsonl, and where to say something; None: no events.
+OpenEvents = Callable[[Path, Sequence[Mapping[str, Any]], Callable[[str], None]], Events | None]
+
+
 class RunLog:
     """Writes log lines to stdout (around progress bars, not through them) and to train.log, and rows to metrics.jsonl
-    and, if `tensorboard`, to event files below tensorboard/.
+    and to the event log that `open` is handed.
 
     Lines logged before `open` are kept and written to train.log once the run's folder exists, so that nothing is
     written anywhere while the arguments are still being checked.
     """
 
-    def __init__(self, *, quiet: bool = False, tensorboard: bool = False) -> None:
-        self.quiet, self.tensorboard = quiet, tensorboard
-        self.events: events.EventLog | None = None
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.events: Events | None = None
         self.folder: Path | None = None
         self.early: list[str] = []
         self.rows = 0  # rows in metrics.jsonl; goes into every checkpoint
 
-    def open(self, folder: Path, *, rows: int | None) -> None:
+    def open(self, folder: Path, *, rows: int | None, open_events: OpenEvents | None = None) -> None:
         """Start writing in `folder`. rows: how many rows metrics.jsonl had when the checkpoint was made (0: a new run);
         later ones are dropped, since what they record is run again. None: nothing is run again, all stay."""
         self.folder = folder
@@ -41,8 +57,8 @@ class RunLog:
             self.rows = len(kept)
             if len(kept) < rows:
                 self(f"metrics.jsonl has {len(kept)} rows, the checkpoint was made after {rows}: the others are lost")
-        if self.tensorboard and events.installed():
-            self.events = events.open_events(folder / "tensorboard", [json.loads(line) for line in kept], self)
+        if open_events is not None:
+            self.events = open_events(folder, [json.loads(line) for line in kept], self)
 
     def close(self) -> None:
         """Close the event file; everything else is closed after each line."""

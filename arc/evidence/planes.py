@@ -1,0 +1,264 @@
+"""Planes: integer arrays over all cells of all input grids of a task, such as a hash of a cell's neighbourhood.
+
+A plane has one value for every cell of the canvas (demonstration and test inputs, padded); tables and sources name the
+planes they read (`tables.py`, `sources.py`). To add one, add a line to the family it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from arc.evidence.canvas import (
+    KEYS,
+    MISSING,
+    OUTSIDE,
+    Canvas,
+    combine,
+    dense_rank,
+    first_seen,
+    region_rim,
+    shifted,
+)
+
+Planes = dict[str, np.ndarray]
+Offset = tuple[int, int]
+
+_COLOUR_KEYS = KEYS[3000:3011]  # one per colour and OUTSIDE, for multisets of colours
+
+
+def all_planes(canvas: Canvas) -> Planes:
+    """All planes by name, each (G, H, W) int64."""
+    planes: Planes = {}
+    for family in (colour_planes, window_planes, ray_planes, line_planes, object_planes, value_planes):
+        planes.update(family(canvas))
+    return planes
+
+
+def colour_planes(canvas: Canvas) -> Planes:
+    """The colour itself, seen in absolute terms and by how common it is in its grid."""
+    x, (grids, _, _) = canvas.colour, canvas.shape
+    counts = np.stack([np.bincount(g.reshape(-1), minlength=11) for g in canvas.grids])  # (G, 11)
+    order = np.argsort(-counts[:, :10], axis=1, kind="stable")
+    rank = np.full((grids, 11), MISSING)
+    np.put_along_axis(rank, order, np.arange(10)[None, :], axis=1)
+    role = np.where(counts > 0, rank, MISSING)
+    role[np.arange(grids), canvas.background] = -2
+    top = np.where(np.arange(10)[None, :] == canvas.background[:, None], -1, counts[:, :10]).argmax(1)
+    return {
+        "colour": x,
+        "role": np.take_along_axis(role, x.reshape(grids, -1), axis=1).reshape(x.shape),
+        "foreground": canvas.foreground.astype(np.int64),
+        "grid_top": np.broadcast_to(top[:, None, None], x.shape),
+    }
+
+
+_ORIENTATIONS: tuple[Callable[[tuple[int, int]], tuple[int, int]], ...] = (
+    lambda o: (o[0], o[1]),
+    lambda o: (o[0], -o[1]),
+    lambda o: (-o[0], o[1]),
+    lambda o: (-o[0], -o[1]),
+    lambda o: (o[1], o[0]),
+    lambda o: (o[1], -o[0]),
+    lambda o: (-o[1], o[0]),
+    lambda o: (-o[1], -o[0]),
+)
+
+
+def window_planes(canvas: Canvas) -> Planes:
+    """Neighbourhoods: ordered, unordered, and free of colour."""
+    x, fg = canvas.colour, canvas.foreground.astype(np.int64)
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2)), constant_values=OUTSIDE)
+    padded_fg = np.pad(fg, ((0, 0), (2, 2), (2, 2)))
+    _, height, width = x.shape
+
+    def look(source: np.ndarray, dr: int, dc: int) -> np.ndarray:
+        return source[:, 2 + dr : 2 + dr + height, 2 + dc : 2 + dc + width]
+
+    near = {(dr, dc): look(padded, dr, dc) for dr in range(-2, 3) for dc in range(-2, 3)}
+    ring = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
+    edge, corner = [(-1, 0), (0, -1), (0, 1), (1, 0)], [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+    same = {o: (near[o] == x).astype(np.int64) for o in ring}
+    bit = {o: 1 << i for i, o in enumerate(ring)}
+    key = {o: KEYS[1100 + 5 * (o[0] + 2) + o[1] + 2] for o in near}
+    ring_hash = sum(near[o] * key[o] for o in ring)
+    outer = [o for o in near if max(abs(o[0]), abs(o[1])) == 2]
+    edge_bag, corner_bag = (sum(_COLOUR_KEYS[near[o]] for o in group) for group in (edge, corner))
+    fg_ring = sum(look(padded_fg, *o) * bit[o] for o in ring)
+
+    def any_way(source: dict[tuple[int, int], np.ndarray], offsets: list[tuple[int, int]]) -> np.ndarray:
+        """Hash of a window that is the same in all eight orientations."""
+        return np.minimum.reduce([sum(source[o] * key[turn(o)] for o in offsets) for turn in _ORIENTATIONS])
+
+    fg_near = {o: look(padded_fg, *o) for o in near}
+    return {
+        "n8_any": any_way(near, ring),
+        "n24_any": any_way(near, ring + outer),
+        "fg8_any": any_way(fg_near, ring),
+        "fg24_any": any_way(fg_near, ring + outer),
+        "same8_any": any_way(same, ring),
+        "n4": sum(near[o] * key[o] for o in edge),
+        "n8": ring_hash,
+        "x4": sum(near[o] * key[o] for o in corner),
+        "sides": near[0, -1] * 16 + near[0, 1],
+        "ends": near[-1, 0] * 16 + near[1, 0],
+        "edge_bag": edge_bag,
+        "corner_bag": corner_bag,
+        "ring_bag": edge_bag + corner_bag,
+        "fg8": fg_ring,
+        "fg24": fg_ring + sum(look(padded_fg, *o) << (8 + i) for i, o in enumerate(outer)),
+        "same8": sum(same[o] * bit[o] for o in ring),
+        "fg4_count": sum(look(padded_fg, *o) for o in edge),
+        "fg8_count": sum(look(padded_fg, *o) for o in ring),
+        "cross": near[-2, 0] * key[-2, 0] + near[2, 0] * key[2, 0] + near[0, -2] * key[0, -2] + near[0, 2] * key[0, 2],
+    }
+
+
+def ray_planes(canvas: Canvas) -> Planes:
+    """The first foreground cell met in each of eight directions: its colour (OUTSIDE when there is none)."""
+    hit = {name: first_seen(canvas, dr, dc) for name, (dr, dc) in RAYS.items()}
+    north, south, west, east = (hit[n] for n in ("north", "south", "west", "east"))
+    diagonal = [hit[n] for n in ("north_west", "north_east", "south_west", "south_east")]
+    distance = {n: _ray_distance(canvas, *RAYS[n]) for n in ("north", "south", "west", "east")}
+    seen = {RAYS[n]: h for n, h in hit.items()}
+    turned = [[seen[turn(o)] for o in seen] for turn in _ORIENTATIONS]
+    gaps = {RAYS[n]: d for n, d in distance.items()}
+    gaps_turned = [[gaps[turn(o)] for o in gaps] for turn in _ORIENTATIONS]
+    return {
+        "rays8_any": np.minimum.reduce([combine(parts) for parts in turned]),
+        "rays4_any": np.minimum.reduce([combine(parts[:4]) for parts in turned]),
+        "gaps_any": np.minimum.reduce([combine(parts) for parts in gaps_turned]),
+        "gaps_rays_any": np.minimum.reduce([combine([*a, *b[:4]]) for a, b in zip(gaps_turned, turned, strict=True)]),
+        **hit,
+        "rays4": combine([north, south, west, east]),
+        "rays4_bag": sum(_COLOUR_KEYS[h] for h in (north, south, west, east)),
+        "rays_x": combine(diagonal),
+        "rays8_bag": sum(_COLOUR_KEYS[h] for h in (north, south, west, east, *diagonal)),
+        "rays4_open": combine([(h == OUTSIDE).astype(np.int64) for h in (north, south, west, east)]),
+        "between_rows": np.where((north == south) & (north != OUTSIDE), north, MISSING),
+        "between_cols": np.where((west == east) & (west != OUTSIDE), west, MISSING),
+        "gap_ns": combine([distance["north"], distance["south"]]),
+        "gap_we": combine([distance["west"], distance["east"]]),
+    }
+
+
+RAYS = {
+    "north": (-1, 0),
+    "south": (1, 0),
+    "west": (0, -1),
+    "east": (0, 1),
+    "north_west": (-1, -1),
+    "north_east": (-1, 1),
+    "south_west": (1, -1),
+    "south_east": (1, 1),
+}
+
+
+def _ray_distance(canvas: Canvas, dr: int, dc: int) -> np.ndarray:
+    """Steps to the first foreground cell in direction (dr, dc), 99 where there is none."""
+    found = shifted(np.where(canvas.foreground, 1, 99), dr, dc, 99)
+    reach = 1
+    while reach < max(canvas.shape[1:]):
+        further = shifted(found, dr * reach, dc * reach, 99)
+        found = np.minimum(found, further + np.where(further < 99, reach, 0))
+        reach *= 2
+    return found
+
+
+def line_planes(canvas: Canvas) -> Planes:
+    """The cell's whole row and column."""
+    x, fg = canvas.colour, canvas.foreground
+    row_count, col_count = fg.sum(2, keepdims=True), fg.sum(1, keepdims=True)
+    low_row, low_col = x.min(2, keepdims=True), x.min(1, keepdims=True)
+    valued = np.where(canvas.inside, x, -1)
+    flat_row, flat_col = valued.max(2, keepdims=True) == low_row, valued.max(1, keepdims=True) == low_col
+    zero = np.zeros(canvas.shape, np.int64)
+    last_row, last_col = canvas.heights[:, None, None] - 1, canvas.widths[:, None, None] - 1
+    return {
+        "row_fg": zero + row_count,
+        "col_fg": zero + col_count,
+        "row_flat": zero + np.where(flat_row, low_row, MISSING),
+        "col_flat": zero + np.where(flat_col, low_col, MISSING),
+        "row_palette": zero + np.bitwise_or.reduce(np.where(fg, 1 << x, 0), axis=2, keepdims=True),
+        "col_palette": zero + np.bitwise_or.reduce(np.where(fg, 1 << x, 0), axis=1, keepdims=True),
+        "row_first": zero + x[:, :, :1],
+        "col_first": zero + x[:, :1, :],
+        "row_last": zero + np.take_along_axis(x, np.broadcast_to(last_col, (len(x), x.shape[1], 1)), axis=2),
+        "col_last": zero + np.take_along_axis(x, np.broadcast_to(last_row, (len(x), 1, x.shape[2])), axis=1),
+    }
+
+
+def object_planes(canvas: Canvas) -> Planes:
+    """The region (4-connected, any colour), shape (8-connected, one colour) and cluster (8-connected) of a cell."""
+    regions, shapes, clusters = canvas.regions, canvas.shapes, canvas.clusters
+    down, right = shapes.offsets
+    cluster_down, cluster_right = clusters.offsets
+    return {
+        "region_size": regions.paint(regions.size),
+        "region_open": regions.paint(regions.touches),
+        "region_box": regions.paint(regions.height * 32 + regions.width),
+        "region_square": regions.paint(regions.height - regions.width),
+        "region_full": regions.paint(regions.size == regions.height * regions.width),
+        "shape_size": shapes.paint(shapes.size),
+        "shape": shapes.paint(shapes.shape),
+        "shape_any": shapes.paint(shapes.shape_any),
+        "shape_box": shapes.paint(shapes.height * 32 + shapes.width),
+        "shape_full": shapes.paint(shapes.size == shapes.height * shapes.width),
+        "shape_rank": shapes.paint(shapes.rank),
+        "shape_rank_up": shapes.paint(shapes.rank_up),
+        "shape_twins": shapes.paint(shapes.twins(shapes.shape_any)),
+        "shape_holes": shapes.paint(hole_counts(canvas)),
+        "shape_left_rank": shapes.paint(dense_rank(shapes.grid, shapes.left)),
+        "shape_top_rank": shapes.paint(dense_rank(shapes.grid, shapes.top)),
+        "shape_height": shapes.paint(shapes.height),
+        "shape_width": shapes.paint(shapes.width),
+        "shape_colour_twins": shapes.paint(shapes.twins(shapes.colour)),
+        "grid_shapes": np.bincount(shapes.grid, minlength=len(canvas.grids))[:, None, None]
+        + np.zeros_like(canvas.colour),
+        "shape_offset": shapes.paint_cells(down * 32 + right),
+        "cluster_size": clusters.paint(clusters.size),
+        "cluster": clusters.paint(clusters.shape),
+        "cluster_rank": clusters.paint(clusters.rank),
+        "cluster_twins": clusters.paint(clusters.twins(clusters.shape)),
+        "cluster_offset": clusters.paint_cells(cluster_down * 32 + cluster_right),
+    }
+
+
+def hole_counts(canvas: Canvas) -> np.ndarray:
+    """How many enclosed background regions each shape has: a region belongs to the shape above its first cell."""
+    regions, shapes = canvas.regions, canvas.shapes
+    enclosed = (regions.colour == canvas.background[regions.grid]) & ~regions.touches
+    above = shapes.labels.reshape(-1)[regions.first[enclosed] - canvas.shape[2]]
+    return np.bincount(above, minlength=shapes.count)
+
+
+def value_planes(canvas: Canvas) -> Planes:
+    """Planes whose values are colours: candidates for what an output cell may show."""
+    x, fg = canvas.colour, canvas.foreground
+    clusters = canvas.clusters
+    own = np.zeros((clusters.count, 11), np.int64)
+    np.add.at(own, (clusters.of, x.reshape(-1)[clusters.cells]), 1)
+    cell_colour = x.reshape(-1)[clusters.cells]
+    others = own[clusters.of].copy()
+    others[np.arange(len(cell_colour)), cell_colour] = 0
+    lines = {}
+    for name, axis in (("row_top", 2), ("col_top", 1)):
+        counts = np.stack([(fg & (x == colour)).sum(axis, keepdims=True) for colour in range(10)])
+        lines[name] = np.broadcast_to(np.where(counts.any(0), counts.argmax(0), MISSING), x.shape)
+    return {
+        "cluster_top": clusters.paint(own.argmax(1)),
+        "cluster_low": clusters.paint(np.where(own > 0, own, 10**6).argmin(1)),
+        "cluster_other": clusters.paint_cells(np.where(others.any(1), others.argmax(1), MISSING)),
+        "region_rim": region_rim(canvas),
+        "nearest_colour": _nearest_colour(canvas),
+        **lines,
+    }
+
+
+def _nearest_colour(canvas: Canvas) -> np.ndarray:
+    """Colour of the nearest foreground cell straight up, down, left or right (ties in this order)."""
+    steps = [RAYS[n] for n in ("north", "south", "west", "east")]
+    distance = np.stack([_ray_distance(canvas, *step) for step in steps])
+    colour = np.stack([first_seen(canvas, *step) for step in steps])
+    return np.take_along_axis(colour, distance.argmin(0)[None], axis=0)[0]

@@ -1,0 +1,131 @@
+"""The weights of a checkpoint for other programs, an adapter merged into its base."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arc.persistence.files import image_of, read_safetensors, removed_on_error, stream, write_file
+from arc.persistence.manifest import Checkpoint, check_spec
+from arc.persistence.names import Corrupt, PersistenceError
+from arc.persistence.store import ModelPersistence
+
+
+def export_best(
+    run: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    log: Callable[[str], None] = print,
+    base: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes the weights of the best model (else the latest) of `run` for other programs into the new folder `dest`.
+
+    Each entry of state["model"] becomes `dest/<entry>/model.safetensors`: its tensors, nested keys joined by ".", ties
+    written out, and the frozen tensors named "<entry>/…" (an entry may be frozen altogether). Entries of
+    state["extra"]["export"][<entry>] = {file name: text} are written next to it (config.json, tokenizer.json …), after
+    which `AutoModel.from_pretrained(dest/<entry>)` reads a Hugging Face model. An entry with a recipe in
+    state["extra"]["lora"] is an adapter and is written merged (see `_merged`); its base is read from the folder that
+    the recipe names, or from `base`.
+
+    Raises: PersistenceError if there is no valid checkpoint or it can't be exported, ValueError if `dest` is not new.
+    """
+    target = Path(dest)
+    if target.exists():
+        raise ValueError(f"{target} exists: give a new folder")
+    with ModelPersistence(run, read_only=True, log=log) as persistence:
+        checkpoint = persistence.load("best")
+    texts, recipes = _export_texts(checkpoint), _lora_recipes(checkpoint)
+    tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
+    try:
+        with removed_on_error(tmp):
+            trained = checkpoint.state.get("model", {})
+            for entry in [*trained, *sorted({name.partition("/")[0] for name in checkpoint.frozen} - trained.keys())]:
+                folder = tmp / _safe_name(entry)
+                folder.mkdir(parents=True)
+                tensors = {**_frozen_of(entry, checkpoint), **dict(_flat_tensors(trained.get(entry), ""))}
+                if entry in recipes:
+                    tensors = _merged(tensors, recipes[entry], base)
+                write_file(folder / "model.safetensors", stream(image_of(tensors, {"format": "pt"})))
+                for name, text in texts.get(entry, {}).items():
+                    write_file(folder / _safe_name(name), [memoryview(text.encode())])
+            os.rename(tmp, target)
+    except OSError as error:
+        raise PersistenceError(f"{target} can't be written: {error.strerror or error}") from error
+    log(f"step {checkpoint.step} of {checkpoint.path} -> {target}")
+    return target
+
+
+def _export_texts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    extra = checkpoint.state.get("extra")
+    texts = extra.get("export", {}) if isinstance(extra, dict) else {}
+    for entry, files in texts.items():
+        if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
+            raise PersistenceError(f"extra/export/{entry} is not a mapping of file names to texts")
+    return texts
+
+
+def _frozen_of(entry: str, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    prefix = f"{entry}/"
+    return {name[len(prefix) :]: t for name, t in checkpoint.frozen.items() if name.startswith(prefix)}
+
+
+def _flat_tensors(tree: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield prefix or "value", tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _lora_recipes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    extra = checkpoint.state.get("extra")
+    recipes = extra.get("lora", {}) if isinstance(extra, dict) else {}
+    fields = {"name", "revision", "folder", "files", "prefix", "tensors"}
+    for entry, recipe in recipes.items():
+        if recipe.keys() != {"base", "scale"} or recipe["base"].keys() != fields:
+            raise PersistenceError(f"extra/lora/{entry} is not a recipe of this version")
+    return recipes
+
+
+def _merged(
+    adapter: Mapping[str, torch.Tensor], recipe: Mapping[str, Any], folder: str | os.PathLike[str] | None
+) -> dict[str, torch.Tensor]:
+    """The weights of a base with a LoRA adapter added, in fp32: W + scale * B A for each layer that has
+    "<layer>.lora_A.weight" (rank, in) and "<layer>.lora_B.weight" (out, rank), the base's own for all others.
+
+    recipe: {"scale": float, "base": {"name", "revision", "folder", "files": {file: {"size", "sha256"}}, "prefix",
+    "tensors": [name]}}; tensor `name` is stored as prefix + name. Raises: PersistenceError unless `folder` (by default
+    the recipe's) holds exactly those files.
+    """
+    base = recipe["base"]
+    where = Path(folder if folder is not None else base["folder"])
+    wanted = {base["prefix"] + name: name for name in base["tensors"]}
+    merged: dict[str, torch.Tensor] = {}
+    for file, spec in base["files"].items():
+        try:
+            # Resolved: in the cache of the Hugging Face hub the files are symbolic links.
+            stored = read_safetensors((where / _safe_name(file)).resolve(), check_spec(spec))
+        except (Corrupt, OSError) as error:
+            revision = f" (revision {base['revision']})" if base["revision"] else ""
+            raise PersistenceError(
+                f"the adapter's base {base['name']}{revision} is not in {where}: {error}; name its folder with --base"
+            ) from error
+        merged |= {wanted[name]: tensor.float() for name, tensor in stored.items() if name in wanted}
+    if missing := set(base["tensors"]) - merged.keys():
+        raise PersistenceError(f"the adapter's base {base['name']} has no tensor {min(missing)!r}")
+    for name, down in adapter.items():
+        layer, is_down, _ = name.partition(".lora_A.")
+        if is_down:
+            merged[f"{layer}.weight"] += (adapter[f"{layer}.lora_B.weight"] @ down) * recipe["scale"]
+    return merged
+
+
+def _safe_name(name: Any) -> str:
+    if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise PersistenceError(f"{str(name)[:80]!r} can't be the name of an exported file")
+    return name
