@@ -8,11 +8,17 @@ Grids are (B, 30, 30) integer tensors holding -1 outside the grid, so a grid car
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # the agent is called, not known
+    from arc.agent import GridAgent
+    from arc.batches import QueryBatch
 
 REWARD_WEIGHTS = {"d_acc": 1.0, "d_size": 0.5, "d_color": 0.5, "d_rev": 0.5}
 NUM_COLOURS = 10
@@ -248,6 +254,30 @@ class PromptPolicy(nn.Module):
             self.gradient_square.mul_(decay).add_((1 - decay) * square)
 
 
+def context_feedback(agent: GridAgent, context: Sequence[QueryBatch], prompt: Tensor) -> Feedback:
+    """How the agent does on the context pairs under prompt (G, K, D), and which way the prompt should move.
+
+    The gradient is that of the mean cross-entropy over a task's context pairs. Nothing is back-propagated through the
+    feedback.
+    """
+    pairs, loss, accuracy, exact = torch.zeros(4, len(prompt), device=prompt.device)
+    gradient = torch.zeros_like(prompt, dtype=torch.float32)
+    for query in context:
+        pairs.index_add_(0, query.owner, torch.ones_like(query.owner, dtype=torch.float32))
+    for query in context:  # batches of similar size, each with a graph of its own
+        with torch.enable_grad():
+            leaf = prompt.detach().float().requires_grad_()
+            output = agent(query, leaf)
+            losses = output.pair_loss(query) / pairs[query.owner]
+            gradient += torch.autograd.grad(losses.sum(), leaf)[0]
+        with torch.no_grad():
+            grid = output.predicted_grid(query)
+            loss.index_add_(0, query.owner, losses.detach())
+            accuracy.index_add_(0, query.owner, cell_accuracy(grid, query.target_grid) / pairs[query.owner])
+            exact.index_add_(0, query.owner, exact_match(grid, query.target_grid) / pairs[query.owner])
+    return Feedback(gradient, loss, accuracy, exact, pairs)
+
+
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     """(S, G) rewards of S >= 2 sampled actions -> advantages A_i = r_i - mean of the others' (RLOO, unbiased: Kool et
     al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!")."""
@@ -262,3 +292,32 @@ def score_function_objective(rewards: Tensor, log_probs: Tensor) -> Tensor:
     policy is an unbiased estimate of the gradient of the expected reward (REINFORCE, Williams 1992, with the RLOO
     baseline)."""
     return (leave_one_out_advantages(rewards).detach() * log_probs).mean()
+
+
+def sampled_objective(
+    policy: PromptPolicy,
+    agent: GridAgent,
+    query: QueryBatch,
+    prompt: Tensor,
+    feedback: Feedback,
+    before: Prediction,
+    noise: Tensor,
+) -> Tensor:
+    """`--policy_objective rloo`, (): hard rewards of actions on prompt (G, K, D) sampled with noise (S, G, A),
+    leave-one-out advantages, score function."""
+    rewards, log_probs = [], []
+    for sample in noise:
+        action = policy.refine_prompt(prompt.detach(), feedback, noise=sample, observe=False)
+        with torch.no_grad():
+            grid = agent(query, action.prompt).predicted_grid(query)
+            # The way back is left out of the sampled rewards (two more passes a sample); the printed reward has it.
+            reward, _ = compute_reward(before, Prediction(grid, before.reverse), query.target_grid, query.input_grid)
+        rewards.append(mean_per_owner(reward, query.owner, len(prompt)))
+        log_probs.append(action.log_prob)
+    return score_function_objective(torch.stack(rewards), torch.stack(log_probs))
+
+
+def mean_per_owner(values: Tensor, owner: Tensor, groups: int) -> Tensor:
+    """(B,) values of queries -> (G,) means of each episode's."""
+    total = torch.zeros(groups, device=values.device).index_add(0, owner, values.float())
+    return total / torch.bincount(owner, minlength=groups).clamp(min=1)

@@ -30,30 +30,26 @@ from typing import Any
 # with whatever else the machine does. libgomp reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from arc import efe as free_energy
 from arc.agent import AgentOutput, GridAgent, voted_grid
-from arc.augment import evaluation_views
 from arc.batches import (
     Episode,
     EpisodeData,
     PredictionBatch,
     PredictionData,
-    Prepared,
     QueryBatch,
     TrainBatch,
     context_pairs,
     epoch_batches,
-    prediction_order,
     reverse_queries,
 )
 from arc.datasets import load_dataset
 from arc.device import Precision, device_name, resolve_device, resolve_precision
-from arc.efe import EfeWeights
+from arc.efe import EfeWeights, Pass, Weights
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
 from arc.loading import (
     EpochSampler,
@@ -67,33 +63,31 @@ from arc.loading import (
 from arc.lora import Adapter, Base, problem_with_peft
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
-from arc.predict import (
-    BatchPrediction,
-    PairPrediction,
-    SplitReport,
-    answers_in_time,
-    keep_attempts,
-    predict_tasks,
-    rounds_of,
-    score_splits,
-    submit,
-    until,
-    views_reached,
-)
-from arc.qwen import QwenPrompt, build_qwen
+from arc.predict import PairPrediction, Predictor, prediction_cost, views_reached
+from arc.qwen import QwenPrompt, Tune, build_qwen, prompt_spread
 from arc.qwen_source import quiet_downloads
-from arc.refine import cross_fitted
 from arc.report import keep_predictions, open_events, try_report
-from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, Budget, PredictionCost
-from arc.run.config import read_config
-from arc.run.files import UserError, cannot_write, cannot_write_file, default_cache
-from arc.run.flags import Arguments, Number, ipython_shell, own_arguments
+from arc.run.budget import Budget
+from arc.run.files import UserError, cannot_write, cannot_write_file, default_cache, replace_file
+from arc.run.flags import (
+    Arguments,
+    Resume,
+    adopt_flags,
+    declared,
+    flag,
+    ipython_shell,
+    own_arguments,
+    real,
+    saved_flags,
+    whole,
+)
 from arc.run.folder import open_run_folder
 from arc.run.interrupt import Interrupted, StopSignal
-from arc.run.randomness import restore_rng, rng_state, seed_everything
-from arc.run.records import Alarms, RedFlag, TrainState, batch_line, log_validation, summary_lines
+from arc.run.randomness import normal_noise, restore_rng, rng_state, seed_everything
+from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summary_lines
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
+from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
 from arc.splits import (
     LABELS,
     Split,
@@ -112,12 +106,12 @@ from policy_refined import (
     SoftPrediction,
     cell_accuracy,
     compute_reward,
+    context_feedback,
     exact_match,
     expected_reward,
-    score_function_objective,
+    mean_per_owner,
+    sampled_objective,
 )
-
-Flags = argparse.Namespace
 
 # ====================================================================================================================
 # Flags
@@ -135,29 +129,8 @@ ABLATION = {
 DEV_SPLITS = ("dev_unseen", "dev_seen")
 # What --old stands for: every fix turned back, and the seed's learning rates.
 OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
-# What a resumed run takes from its own command line only: where it runs and how this command behaves.
-OF_THE_COMMAND = {
-    "resume", "output_dir", "eval_only", "device", "workers", "cache_dir", "time_budget", "strict", "quiet",
-    "submission", "report", "backup_dir", "backup_quota_gb", "no_tensorboard",
-}  # fmt: skip
-# What it may change besides: none of these enters the maths of a training step. (The data is compared by content.)
-HARMLESS = OF_THE_COMMAND | {
-    "epochs", "data", "unseen", "save_every", "keep", "log_every", "val_every", "val_views", "val_limit",
-    "refine_steps", "threads", "gradient_checkpointing",
-}  # fmt: skip
-# And under --eval_only, where nothing is trained: another machine, another copy of the same Qwen.
-HARMLESS_TO_EVALUATE = HARMLESS | {"amp", "qwen", "max_cells"}
-
-
 DEFAULT_THREADS = torch.get_num_threads()
 CHECKPOINT_FORMAT = 3  # raise it when checkpoints of before can no longer be continued
-
-# The order of --help: what every run needs, then what belongs to the fixes.
-HEADINGS = (
-    "run", "data", "agent", "validation and records", "checkpoints",
-    "the seven fixes", "fix 1: Qwen trains", "fixes 2 and 6: the loss is the goal, and its signs",
-    "fix 3: hard cells", "fix 4: size warm-up", "fix 5: memory", "fix 7: mixed precision and clipping",
-)  # fmt: skip
 
 
 def ablation_list(text: str) -> tuple[int, ...]:
@@ -179,214 +152,140 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(splits)
 
 
+# The groups of --help.
+RUN, DATA, AGENT, RECORDS, SAVING = "run", "data", "agent", "validation and records", "checkpoints"
+FIXES, FIX_1, FIX_26 = "the seven fixes", "fix 1: Qwen trains", "fixes 2 and 6: the loss is the goal, and its signs"
+FIX_3, FIX_4, FIX_5 = "fix 3: hard cells", "fix 4: size warm-up", "fix 5: memory"
+FIX_7 = "fix 7: mixed precision and clipping"
+FREE, COMMAND, MODEL, UNSAVED = Resume.FREE, Resume.COMMAND, Resume.MODEL, Resume.UNSAVED
+OBJECTIVES = ("expected", "rloo")
+
+
+@dataclass
+class Flags:
+    """Every flag, in the order of --help: group, default, help, what it takes, and what --resume makes of it (where
+    nothing is said, it enters the maths of a training step and cannot be changed). Names are part of the product."""
+
+    # fmt: off
+    config: str | None = flag(RUN, None, "flags as a JSON object, a run's config.json too; the command line wins",
+                              resume=UNSAVED, metavar="FILE")
+    print_config: bool = flag(RUN, False, "print the resolved flags as JSON and leave; nothing is written",
+                              resume=UNSAVED)
+    epochs: int = flag(RUN, 20, "passes over all episodes", whole(1), FREE)
+    max_batches: int = flag(RUN, 0, "batches an epoch at most; 0: all", whole(0))
+    time_budget: float = flag(RUN, 0.0, "seconds for the whole command, final validation included (about); 0: no limit",
+                              real(0), COMMAND)
+    device: str = flag(RUN, "auto", "where to compute", ("auto", "cpu", "cuda", "mps"), COMMAND)
+    seed: int = flag(RUN, 0, "seed of everything random", whole(0, 2**31 - 1))
+    threads: int = flag(RUN, 0, "CPU threads for torch; 0: torch's own choice", whole(0), FREE)
+    workers: int = flag(RUN, -1, "processes that prepare batches; -1: by machine", whole(-1, 64), COMMAND)
+    eval_only: bool = flag(RUN, False, "do not train: validate a checkpoint (with --resume) again, or score it on "
+                           "every task of another --data", resume=COMMAND)
+    submission: str | None = flag(RUN, None, "at the end write two attempts at every test input of --data there, in "
+                                  "the ARC Prize format", resume=COMMAND, metavar="FILE")
+    strict: bool = flag(RUN, False, "a red flag saves and stops the run with exit code 3", resume=COMMAND)
+    quiet: bool = flag(RUN, False, "no log lines or bars on stdout; train.log has them all", resume=COMMAND)
+
+    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, a JSON file or a folder", resume=FREE)
+    adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
+                       "of --data if it has no others), never on their test outputs")
+    augment: str = flag(DATA, "full", "of each view", ("full", "dihedral", "colour", "none"))
+    views: int = flag(DATA, 4, "augmented views of an episode in a batch", whole(1, 64))
+    batch_size: int = flag(DATA, 32, "queries in a batch at most", whole(1))
+    max_cells: int = flag(DATA, 6144, "padded grid cells in a batch at most (but at least one episode)", whole(1),
+                          MODEL)
+    cache_dir: str = flag(DATA, default_cache(), "for the evidence and the built-in tiny Qwen", resume=COMMAND)
+
+    agent_lr: float = flag(AGENT, 3e-4, "learning rate of the agent", real(0, above=True))
+    agent_width: int = flag(AGENT, 128, "width of a token", whole(16, 4096))
+    agent_heads: int = flag(AGENT, 2, "attention heads", whole(1, 64))
+    agent_blocks: int = flag(AGENT, 2, "blocks with weights of their own", whole(1, 64))
+    agent_passes: int = flag(AGENT, 2, "times the blocks are run, each supervised", whole(1, 16))
+    optimizer: str = flag(AGENT, "muon", "for the matrices of the agent's blocks", ("muon", "adamw"))
+    ema: float = flag(AGENT, 0.995, "decay of the averaged weights; 0: none", real(0, 0.99999))
+
+    val_every: int = flag(RECORDS, 1, "epochs between validations; 0: only at the end", whole(0), FREE)
+    val_splits: tuple[str, ...] = flag(RECORDS, ("seed",), "comma-separated: seed (test pairs of the training tasks), "
+                                       "unseen, adapted; with --adapt seed,adapted", split_list)
+    unseen: str = flag(RECORDS, "arcagi1", "set whose evaluation tasks are the unseen or adapted split (as --data)",
+                       resume=FREE)
+    dev: bool = flag(RECORDS, False, "train and validate on held-out demonstrations; no test pair is touched")
+    dev_tasks: int = flag(RECORDS, 100, "tasks held out whole under --dev", whole(1))
+    val_views: int = flag(RECORDS, 8, "augmented views that vote", whole(1, 64), FREE)
+    val_limit: int = flag(RECORDS, 0, "validate on the first N tasks only; 0: all", whole(0), FREE)
+    log_every: int = flag(RECORDS, 10, "batches between log lines", whole(1), FREE)
+    report: bool = flag(RECORDS, False, "write report.html after --eval_only too, as training does", resume=COMMAND)
+    no_tensorboard: bool = flag(RECORDS, False, "no event files, even if tensorboard is installed", resume=COMMAND)
+
+    output_dir: str | None = flag(SAVING, None, "the run's folder (default: runs/arc_complete_YYYYMMDD_HHMMSS)",
+                                  resume=COMMAND)
+    resume: str | None = flag(SAVING, None, "continue a run: the newest under runs/, or --output_dir's",
+                              resume=COMMAND, nargs="?", const="latest", metavar="latest|best|PATH")
+    save_every: int = flag(SAVING, 50, "batches between checkpoints", whole(1), FREE)
+    keep: int = flag(SAVING, 5, "checkpoints kept, best ones aside", whole(1), FREE)
+    backup_dir: str | None = flag(SAVING, None, "mirror checkpoints there (a mounted Drive)", resume=COMMAND)
+    backup_quota_gb: float = flag(SAVING, 15.0, "at most this much there", real(0, above=True), COMMAND)
+
+    ablate: tuple[int, ...] = flag(FIXES, (), "fixes turned back to the old behaviour: 1,3,...", ablation_list)
+    old: bool = flag(FIXES, False, "the old settings: --ablate 1,2,3,4,5,6,7 --agent_lr 1e-5 --qwen_lr 5e-5")
+    no_evidence: bool = flag(FIXES, False, "control: no table, record or size rule; canvases of the input's size")
+
+    qwen: str = flag(FIX_1, "auto", "auto: Qwen/Qwen2.5-0.5B on cuda, else tiny; tiny; a hub name; a folder",
+                     resume=MODEL)
+    qwen_tune: Tune = flag(FIX_1, "full", "what of Qwen trains; lora: small matrices beside the frozen ones (pip "
+                          "install peft)", ("full", "lora", "frozen"))
+    lora_rank: int = flag(FIX_1, 16, "rank of those matrices", whole(1, 1024))
+    qwen_lr: float | None = flag(FIX_1, None, "learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a "
+                                 "pretrained one, 2e-4 for its lora", real(0, above=True))
+    optim_qwen: str = flag(FIX_1, "adamw", "adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
+                           ("adamw", "adamw8bit"), also=("--optim",))
+    gradient_checkpointing: bool = flag(FIX_1, False, "less memory for Qwen, a third more time", resume=FREE)
+    max_context_tokens: int = flag(FIX_1, 1536, "Qwen reads whole pairs up to this", whole(16))
+    prompt_len: int = flag(FIX_1, 4, "K, vectors of a prompt", whole(1, 64))
+    prompt_dim: int = flag(FIX_1, 128, "D, their width", whole(4, 4096))
+
+    policy_lr: float = flag(FIX_26, 1e-3, "learning rate of the policy", real(0, above=True))
+    policy_objective: str = flag(FIX_26, "expected", "expected reward by back-propagation, or score function with "
+                                 "leave-one-out advantages", OBJECTIVES)
+    policy_samples: int = flag(FIX_26, 4, "actions an episode under rloo", whole(2, 64))
+    no_policy: bool = flag(FIX_26, False, "control: no refinement, the agent trained on one pass")
+    refined_views: int = flag(FIX_26, 2, "views answered after refinement too", whole(1, 64))
+    refine_steps: int = flag(FIX_26, 1, "of evaluation: 1: the policy's action; more: up to so many, as held-out "
+                             "demonstrations find best", whole(1, 100), FREE)
+    feedback_pairs: int = flag(FIX_26, 2, "context pairs that give feedback", whole(1, 2))
+    w_risk: float = flag(FIX_26, EfeWeights.risk, "weight of the efe term risk", real(0))
+    w_ambiguity: float = flag(FIX_26, EfeWeights.ambiguity, "weight of the efe term ambiguity", real(0))
+    w_size: float = flag(FIX_26, EfeWeights.size, "weight of the efe term size", real(0))
+    w_reversibility: float = flag(FIX_26, EfeWeights.reversibility, "weight of the efe term reversibility", real(0))
+    w_prompt: float = flag(FIX_26, EfeWeights.prompt, "weight of the efe term prompt", real(0))
+
+    grid_focus: float = flag(FIX_3, 8.0, "how much more nearly right grids count", real(0))
+    hard_floor: float = flag(FIX_3, 0.5, "weight of an already right cell", real(0, 1))
+    keep_solved: float = flag(FIX_3, 10.0, "how much more grids count that the vote solves", real(0))
+
+    warmup_epochs: int = flag(FIX_4, 3, "epochs of the size curriculum", whole(1))
+
+    memory_size: int = flag(FIX_5, 1024, "entries of the memory bank", whole(1))
+    no_memory: bool = flag(FIX_5, False, "control: the bank is neither read nor written")
+
+    amp: str = flag(FIX_7, "auto", "mixed precision", ("auto", "bf16", "fp16", "off"), MODEL)
+    grad_clip: float = flag(FIX_7, 1.0, "largest gradient norm of each group; 0: none", real(0))
+    grad_accum: int = flag(FIX_7, 1, "batches for one optimizer step", whole(1))
+    # fmt: on
+
+
 def build_parser() -> Arguments:
-    """Every flag, in groups; the names are part of the product."""
-    parser = Arguments((__doc__ or "").split("\n\n")[0])
-    number = Number
-    parser.declare_groups(HEADINGS)
-    g = parser.group("run")
-    g.add_argument(
-        "--config", metavar="FILE", help="flags as a JSON object, a run's config.json too; the command line wins"
-    )
-    g.add_argument(
-        "--print_config", action="store_true", help="print the resolved flags as JSON and leave; nothing is written"
-    )
-    g.add_argument("--epochs", type=number(int, 1), default=20, help="passes over all episodes")
-    g.add_argument("--max_batches", type=number(int, 0), default=0, help="batches an epoch at most; 0: all")
-    g.add_argument(
-        "--time_budget",
-        type=number(float, 0),
-        default=0.0,
-        help="seconds for the whole command, final validation included (about); 0: no limit",
-    )
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    g.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of everything random")
-    g.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads for torch; 0: torch's own choice")
-    g.add_argument(
-        "--workers", type=number(int, -1, 64), default=-1, help="processes that prepare batches; -1: by machine"
-    )
-    g.add_argument(
-        "--eval_only",
-        action="store_true",
-        help="do not train: validate a checkpoint (with --resume) again, or score it on every task of another --data",
-    )
-    g.add_argument(
-        "--submission",
-        default=None,
-        metavar="FILE",
-        help="at the end write two attempts at every test input of --data there, in the ARC Prize format",
-    )
-    g.add_argument("--strict", action="store_true", help="a red flag saves and stops the run with exit code 3")
-    g.add_argument("--quiet", action="store_true", help="no log lines or bars on stdout; train.log has them all")
-    g = parser.group("data")
-    g.add_argument("--data", default="arcagi2", help="arcagi2, arcagi1, kaggle2025, a JSON file or a folder")
-    g.add_argument(
-        "--adapt",
-        action="store_true",
-        help="train on the demonstration pairs of the evaluation tasks too (those of --unseen; of --data if it has no "
-        "others), never on their test outputs",
-    )
-    g.add_argument("--augment", choices=("full", "dihedral", "colour", "none"), default="full", help="of each view")
-    g.add_argument("--views", type=number(int, 1, 64), default=4, help="augmented views of an episode in a batch")
-    g.add_argument("--batch_size", type=number(int, 1), default=32, help="queries in a batch at most")
-    g.add_argument(
-        "--max_cells",
-        type=number(int, 1),
-        default=6144,
-        help="padded grid cells in a batch at most (but at least one episode)",
-    )
-    g.add_argument("--cache_dir", default=default_cache(), help="for the evidence and the built-in tiny Qwen")
-    g = parser.group("fix 1: Qwen trains")
-    g.add_argument(
-        "--qwen", default="auto", help="auto: Qwen/Qwen2.5-0.5B on cuda, else tiny; tiny; a hub name; a folder"
-    )
-    g.add_argument(
-        "--qwen_tune",
-        choices=("full", "lora", "frozen"),
-        default="full",
-        help="what of Qwen trains; lora: small matrices beside the frozen ones (pip install peft)",
-    )
-    g.add_argument("--lora_rank", type=number(int, 1, 1024), default=16, help="rank of those matrices")
-    g.add_argument(
-        "--qwen_lr",
-        type=number(float, 0, above=True),
-        default=None,
-        help="learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a pretrained one, 2e-4 for its lora",
-    )
-    g.add_argument(
-        "--optim_qwen",
-        "--optim",
-        choices=("adamw", "adamw8bit"),
-        default="adamw",
-        help="adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
-    )
-    g.add_argument("--gradient_checkpointing", action="store_true", help="less memory for Qwen, a third more time")
-    g.add_argument("--max_context_tokens", type=number(int, 16), default=1536, help="Qwen reads whole pairs up to this")
-    g.add_argument("--prompt_len", type=number(int, 1, 64), default=4, help="K, vectors of a prompt")
-    g.add_argument("--prompt_dim", type=number(int, 4, 4096), default=128, help="D, their width")
-    g = parser.group("agent")
-    g.add_argument("--agent_lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of the agent")
-    g.add_argument("--agent_width", type=number(int, 16, 4096), default=128, help="width of a token")
-    g.add_argument("--agent_heads", type=number(int, 1, 64), default=2, help="attention heads")
-    g.add_argument("--agent_blocks", type=number(int, 1, 64), default=2, help="blocks with weights of their own")
-    g.add_argument(
-        "--agent_passes", type=number(int, 1, 16), default=2, help="times the blocks are run, each supervised"
-    )
-    g.add_argument(
-        "--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices of the agent's blocks"
-    )
-    g.add_argument(
-        "--ema", type=number(float, 0, 0.99999), default=0.995, help="decay of the averaged weights; 0: none"
-    )
-    g = parser.group("fixes 2 and 6: the loss is the goal, and its signs")
-    g.add_argument("--policy_lr", type=number(float, 0, above=True), default=1e-3, help="learning rate of the policy")
-    g.add_argument(
-        "--policy_objective",
-        choices=("expected", "rloo"),
-        default="expected",
-        help="expected reward by back-propagation, or score function with leave-one-out advantages",
-    )
-    g.add_argument("--policy_samples", type=number(int, 2, 64), default=4, help="actions an episode under rloo")
-    g.add_argument("--no_policy", action="store_true", help="control: no refinement, the agent trained on one pass")
-    g.add_argument("--refined_views", type=number(int, 1, 64), default=2, help="views answered after refinement too")
-    g.add_argument(
-        "--refine_steps",
-        type=number(int, 1, 100),
-        default=1,
-        help="of evaluation: 1: the policy's action; more: up to so many, as held-out demonstrations find best",
-    )
-    g.add_argument("--feedback_pairs", type=number(int, 1, 2), default=2, help="context pairs that give feedback")
-    for weight in dataclasses.fields(EfeWeights):
-        g.add_argument(
-            f"--w_{weight.name}",
-            type=number(float, 0),
-            default=weight.default,
-            help=f"weight of the efe term {weight.name}",
-        )
-    g = parser.group("fix 3: hard cells")
-    g.add_argument("--grid_focus", type=number(float, 0), default=8.0, help="how much more nearly right grids count")
-    g.add_argument("--hard_floor", type=number(float, 0, 1), default=0.5, help="weight of an already right cell")
-    g.add_argument(
-        "--keep_solved", type=number(float, 0), default=10.0, help="how much more grids count that the vote solves"
-    )
-    g = parser.group("fix 4: size warm-up")
-    g.add_argument("--warmup_epochs", type=number(int, 1), default=3, help="epochs of the size curriculum")
-    g = parser.group("fix 5: memory")
-    g.add_argument("--memory_size", type=number(int, 1), default=1024, help="entries of the memory bank")
-    g.add_argument("--no_memory", action="store_true", help="control: the bank is neither read nor written")
-    g = parser.group("fix 7: mixed precision and clipping")
-    g.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    g.add_argument(
-        "--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm of each group; 0: none"
-    )
-    g.add_argument("--grad_accum", type=number(int, 1), default=1, help="batches for one optimizer step")
-    g = parser.group("the seven fixes")
-    g.add_argument("--ablate", type=ablation_list, default=(), help="fixes turned back to the old behaviour: 1,3,...")
-    g.add_argument(
-        "--old", action="store_true", help="the old settings: --ablate 1,2,3,4,5,6,7 --agent_lr 1e-5 --qwen_lr 5e-5"
-    )
-    g.add_argument(
-        "--no_evidence",
-        action="store_true",
-        help="control: no table, record or size rule; canvases of the input's size",
-    )
-    g = parser.group("validation and records")
-    g.add_argument("--val_every", type=number(int, 0), default=1, help="epochs between validations; 0: only at the end")
-    g.add_argument(
-        "--val_splits",
-        type=split_list,
-        default=("seed",),
-        help="comma-separated: seed (test pairs of the training tasks), unseen, adapted; with --adapt seed,adapted",
-    )
-    g.add_argument(
-        "--unseen", default="arcagi1", help="set whose evaluation tasks are the unseen or adapted split (as --data)"
-    )
-    g.add_argument(
-        "--dev", action="store_true", help="train and validate on held-out demonstrations; no test pair is touched"
-    )
-    g.add_argument("--dev_tasks", type=number(int, 1), default=100, help="tasks held out whole under --dev")
-    g.add_argument("--val_views", type=number(int, 1, 64), default=8, help="augmented views that vote")
-    g.add_argument("--val_limit", type=number(int, 0), default=0, help="validate on the first N tasks only; 0: all")
-    g.add_argument("--log_every", type=number(int, 1), default=10, help="batches between log lines")
-    g.add_argument("--report", action="store_true", help="write report.html after --eval_only too, as training does")
-    g.add_argument("--no_tensorboard", action="store_true", help="no event files, even if tensorboard is installed")
-    g = parser.group("checkpoints")
-    g.add_argument("--output_dir", default=None, help="the run's folder (default: runs/arc_complete_YYYYMMDD_HHMMSS)")
-    g.add_argument(
-        "--resume",
-        nargs="?",
-        const="latest",
-        default=None,
-        metavar="latest|best|PATH",
-        help="continue a run: the newest under runs/, or --output_dir's",
-    )
-    g.add_argument("--save_every", type=number(int, 1), default=50, help="batches between checkpoints")
-    g.add_argument("--keep", type=number(int, 1), default=5, help="checkpoints kept, best ones aside")
-    g.add_argument("--backup_dir", default=None, help="mirror checkpoints there (a mounted Drive)")
-    g.add_argument("--backup_quota_gb", type=number(float, 0, above=True), default=15.0, help="at most this much there")
-    return parser
+    """The parser of `Flags`."""
+    return Arguments(Flags, (__doc__ or "").split("\n\n")[0])
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Flags, set[str]]:
     """Parse and check flags; all problems in one line and exit code 2. Returns also the flags given explicitly, on the
     command line or by --config."""
-    argv = own_arguments() if argv is None else [str(argument) for argument in argv]  # numbers too, from a cell
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.problems.append(f"unknown: {' '.join(unknown)}")
-    typed = {
-        action.dest
-        for action in parser._actions
-        for option in action.option_strings
-        if any(word == option or word.startswith(option + "=") for word in argv)
-    }
-    given = set(typed)
-    if args.config is not None:
-        for name, value in read_config(parser, Path(args.config), resuming=args.resume is not None).items():
-            if name not in typed:
-                setattr(args, name, value)
-                given |= {name} if value is not None else set()  # null: decided when the model is built
+    # Numbers too, from a cell.
+    values, typed, given = parser.parse(own_arguments() if argv is None else [str(argument) for argument in argv])
+    args = Flags(**values)
     expand(args, typed, given)
     parser.problems += conflicts(args)
     if parser.problems:
@@ -394,7 +293,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set
     return args, given
 
 
-def expand(args: argparse.Namespace, typed: set[str], given: set[str]) -> None:
+def expand(args: Flags, typed: set[str], given: set[str]) -> None:
     """Flags that stand for others, or decide their defaults, where those are not given explicitly. One on the command
     line (`typed`) is stronger than what a --config says of the others."""
     if args.old:
@@ -407,88 +306,76 @@ def expand(args: argparse.Namespace, typed: set[str], given: set[str]) -> None:
         given.discard("qwen_lr")
 
 
-def conflicts(args: argparse.Namespace) -> list[str]:
+def conflicts(args: Flags) -> list[str]:
     """Problems between flags, or with this machine, that can be known before anything is built."""
-    problems = []
-    if args.agent_width % (4 * args.agent_heads):
-        problems.append(
-            f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({4 * args.agent_heads})"
-        )
-    splits = set(args.val_splits)
-    if args.adapt and "unseen" in splits:
-        problems.append("--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on")
-    if args.adapt and args.dev:
-        problems.append("--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks")
-    if not args.resume:  # there the checkpoint's --adapt and --dev hold
-        if "adapted" in splits and not args.adapt:
-            problems.append("--val_splits adapted needs --adapt")
-        if splits & set(DEV_SPLITS) if not args.dev else splits - set(DEV_SPLITS):
-            problems.append("--val_splits dev_unseen,dev_seen, and no others, go with --dev")
-    if args.submission is not None:
-        if problem := cannot_write_file(Path(args.submission)):
-            problems.append(f"--submission: {problem}")
-        if args.eval_only and args.val_limit:
-            problems.append("--submission needs every task; leave out --val_limit")
-    if args.views > args.batch_size:
-        problems.append(f"--views {args.views} do not fit in --batch_size {args.batch_size}")
-    if args.eval_only and not args.resume:
-        problems.append("--eval_only needs --resume (latest, best or a checkpoint's path)")
+    splits, own, heads = set(args.val_splits), set(DEV_SPLITS), 4 * args.agent_heads
+    starting = not args.resume  # else the checkpoint's --adapt and --dev hold
+    found = [
+        (
+            args.agent_width % heads,
+            f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({heads})",
+        ),
+        (
+            args.adapt and "unseen" in splits,
+            "--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on",
+        ),
+        (
+            args.adapt and args.dev,
+            "--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks",
+        ),
+        (starting and "adapted" in splits and not args.adapt, "--val_splits adapted needs --adapt"),
+        (
+            starting and (splits - own if args.dev else splits & own),
+            "--val_splits dev_unseen,dev_seen, and no others, go with --dev",
+        ),
+        (
+            args.submission is not None and args.eval_only and args.val_limit,
+            "--submission needs every task; leave out --val_limit",
+        ),
+        (args.views > args.batch_size, f"--views {args.views} do not fit in --batch_size {args.batch_size}"),
+        (args.eval_only and starting, "--eval_only needs --resume (latest, best or a checkpoint's path)"),
+    ]
+    problems = [problem for wrong, problem in found if wrong]
     try:
         problems += problems_of_all(args)
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
-    for flag in ("output_dir", "cache_dir", "backup_dir"):
-        folder = getattr(args, flag)
+    if args.submission is not None and (problem := cannot_write_file(Path(args.submission))):
+        problems.append(f"--submission: {problem}")
+    for name in ("output_dir", "cache_dir", "backup_dir"):
+        folder = getattr(args, name)
         if folder is not None and (problem := cannot_write(Path(folder))):
-            problems.append(f"--{flag}: {problem}")
+            problems.append(f"--{name}: {problem}")
     return problems
 
 
-def problems_of_all(args: argparse.Namespace) -> list[str]:
-    """Problems that flags taken from a checkpoint may bring as well; one line each. ValueError for a device that is
-    not there."""
-    problems = missing_packages(args, resolve_device(args.device))
+def problems_of_all(args: Flags) -> list[str]:
+    """Problems that flags taken from a checkpoint may bring as well, or that packages which not everyone has are not
+    there; one line each. UserError for a device that is not there."""
+    device, ablated = resolve_device(args.device), 1 in args.ablate
+    eight_bit = args.optim_qwen == "adamw8bit" and not args.eval_only and not ablated
+    found = [
+        problem_with_peft() if args.qwen_tune == "lora" and not ablated else None,
+        problem_with_eight_bit(device) if eight_bit else None,
+    ]
     if args.no_policy and args.refine_steps > 1:
-        problems.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
+        found.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
     if args.dev and args.submission is not None:
-        problems.append("--submission predicts test inputs, which --dev keeps away from")
-    return problems
+        found.append("--submission predicts test inputs, which --dev keeps away from")
+    return [problem for problem in found if problem]
 
 
-def missing_packages(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """What the flags ask of packages that not everyone has, where it cannot be had; one line each."""
-    lora = problem_with_peft() if args.qwen_tune == "lora" and 1 not in args.ablate else None
-    trains = not args.eval_only and 1 not in args.ablate
-    eight_bit = problem_with_eight_bit(device) if args.optim_qwen == "adamw8bit" and trains else None
-    return [problem for problem in (lora, eight_bit) if problem]
-
-
-def saved_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as plain values; those that only say where flags come from and go to are none of a run's."""
-    values = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "print_config")}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def adopt_flags(args: argparse.Namespace, given: set[str], checkpoint: Checkpoint) -> None:
-    """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name."""
-    changed = []
-    own = OF_THE_COMMAND | {"val_limit"} if args.eval_only else OF_THE_COMMAND
-    harmless = HARMLESS_TO_EVALUATE if args.eval_only else HARMLESS
+def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
+    """On resume: what is not given is the checkpoint's; UserError where it is, and changes the maths."""
+    free = {name for name, what in declared(Flags).items() if what.resume is MODEL} if args.eval_only else set()
     if saved_base(checkpoint):  # the base of an adapter is compared by content: its folder may have moved
-        harmless = harmless | {"qwen"}
-    for name, value in checkpoint.state["extra"]["flags"].items():
-        if name not in vars(args) or name in own:
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if name not in given or (name, args.qwen) == ("qwen", "auto"):
-            setattr(args, name, value)
-        elif name not in harmless and getattr(args, name) != value:
-            changed.append(f"--{name} {getattr(args, name)} (the checkpoint has {value})")
-    if changed:
-        raise UserError(f"--resume: cannot change {', '.join(changed)}")
+        free |= {"qwen"}
+    taken = given - {"qwen"} if args.qwen == "auto" else given
+    own = {"val_limit"} if args.eval_only else set()
+    adopt_flags(args, taken, checkpoint.state["extra"]["flags"], free=free, own=own)
 
 
-def summary_title(args: argparse.Namespace) -> str:
+def summary_title(args: Flags) -> str:
     """What the summary's headline calls the run: what of it is turned off, if anything."""
     off = [f"fix {number}: {ABLATION[number]}" for number in args.ablate]
     off += [f"the {part}" for part in ("policy", "memory", "evidence") if getattr(args, f"no_{part}")]
@@ -496,23 +383,16 @@ def summary_title(args: argparse.Namespace) -> str:
     return f"the old settings: {title}" if args.old else title
 
 
-def print_config(args: argparse.Namespace, given: set[str]) -> int:
+def print_config(args: Flags, given: set[str]) -> int:
     """The flags as a run with this command line would have them, as JSON on stdout. What the model decides when it is
     built (--qwen_lr), and the name of a new run's folder, is null."""
     folder, which = open_run_folder(args, find_newest_run)
     if which is not None:
         with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
-            adopt_flags(args, given, load_checkpoint(persistence, which))
+            take_flags(args, given, load_checkpoint(persistence, which))
         args.output_dir = str(folder)
     write_line(json.dumps(saved_flags(args), indent=2, allow_nan=False))
     return 0
-
-
-def write_config(run: Run) -> None:
-    """The resolved flags as config.json, for people and for --config; a resume reads the checkpoint's own copy."""
-    path = Path(run.args.output_dir) / "config.json"
-    flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
-    path.write_text(json.dumps(flags, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 # ====================================================================================================================
@@ -561,15 +441,6 @@ def hard_cell_mask(predicted: Tensor, target: Tensor, floor: float) -> tuple[Ten
     any_wrong = wrong.any(1, keepdim=True)
     weights = torch.where(any_wrong, weights, wanted.float())
     return weights, wrong.sum(1) / wanted.sum(1).clamp(min=1)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Of one pass in the risk: cell (B, L), grid (B,); ratio (B,) in [0, 1]: share of target cells that are wrong."""
-
-    cell: Tensor
-    grid: Tensor
-    ratio: Tensor
 
 
 @dataclass(frozen=True)
@@ -730,7 +601,7 @@ class Run:
 
     args: Flags
     log: RunLog
-    alarms: Alarms
+    records: Records
     stop: StopSignal
     budget: Budget
     device: torch.device
@@ -753,6 +624,13 @@ class Run:
     pace: Pace = field(default_factory=Pace)
     persistence: ModelPersistence | None = None
     export_files: Mapping[str, str] = field(default_factory=dict)  # config and tokenizer of Qwen, for `export`
+
+    def memory_row(self) -> dict[str, Any]:
+        """What metrics.jsonl has of the memory (FIX 5)."""
+        row = {"size": len(self.memory), "updates": self.state.memory_updates, "offers": self.state.memory_offers}
+        return {f"memory.{name}": n for name, n in row.items()} | {
+            "memory.threshold": self.fixes.threshold.get_threshold()
+        }
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -795,12 +673,16 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
     optimizer, average = build_optimizer(args, qwen, agent, policy, memory)
     store = NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence")
     predicted = [task for split in splits for task in split.tasks] + (all_tasks(data) if args.submission else [])
+    budget, state = (
+        Budget(args.time_budget, started, functools.partial(prediction_cost, args, predicted, store)),
+        TrainState(),
+    )
     return Run(
         args=args,
         log=log,
-        alarms=Alarms(log, strict=args.strict),
+        records=Records(log, state, budget, strict=args.strict, log_every=args.log_every),
         stop=StopSignal(log),
-        budget=Budget(args.time_budget, started, lambda: prediction_cost(args, store, predicted)),
+        budget=budget,
         device=device,
         precision=precision,
         data=data,
@@ -821,7 +703,7 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
         scaler=torch.amp.GradScaler(device.type, enabled=precision.scale_loss),  # FIX 7
         average=average,
         weights=EfeWeights(**{w.name: getattr(args, f"w_{w.name}") for w in dataclasses.fields(EfeWeights)}),
-        state=TrainState(),
+        state=state,
         export_files=qwen.export_files(),
     )
 
@@ -876,38 +758,9 @@ def build_optimizer(
     return optimizer, WeightAverage(averaged, args.ema) if args.ema > 0 else None
 
 
-def prediction_cost(args: Flags, store: EvidenceStore, tasks: Sequence[Task]) -> PredictionCost:
-    """What predicting the tasks' test pairs takes, from sizes that are known beforehand."""
-    views = args.val_views + (STEP_VIEWS * args.refine_steps if args.refine_steps > 1 else 0)
-    cells = 0.0
-    for task in tasks:
-        demonstrations = [pair.input.size for pair in task.train]
-        cells += views * sum(pair.input.size for pair in task.test) + TRIAL_VIEWS * sum(demonstrations)
-        cells += 0.0 if args.no_policy else FEEDBACK_VIEWS * sum(demonstrations[: args.feedback_pairs])
-    missing = sum(not store.is_prepared(task) for task in tasks) / max(1, worker_count(args.workers))
-    return PredictionCost(cells, missing)
-
-
 # ====================================================================================================================
 # One training step
 # ====================================================================================================================
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One prediction of the step: B queries, the agent's output for them, their weights in the risk."""
-
-    query: QueryBatch
-    output: AgentOutput
-    weights: Weights
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a batch leaves for the records: measured () tensors, still on the device, and counts."""
-
-    measured: dict[str, Tensor]
-    counted: dict[str, int]
 
 
 def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
@@ -925,7 +778,11 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
             Pass(batch.query, first, fixes.hard_cells(first, batch.query, voted)),  # FIX 3
             Pass(query, after, fixes.hard_cells(after, query, voted[batch.refined])),
         )
-        efe = efe_terms(run, batch, passes, (prompt, refined))  # FIX 4 and 6 in there
+        # The way back is trained on each episode's first view only: it costs a pass of its own.
+        asked = reverse_queries(batch.query.target_grid[batch.first_view], batch.query, batch.first_view)
+        terms = free_energy.terms(passes, asked, agent(asked, refined, reverse=True))
+        terms["prompt"] = fixes.consistency(torch.cat([prompt, refined.float()]), batch.task.repeat(2))  # FIX 6
+        efe = free_energy.combine(terms, run.weights, fixes.curriculum.get_size_loss_weight(run.state.epoch))  # FIX 4
         hard_before, hard_after = predictions(agent, query, (before, after), (prompt, refined))
     # FIX 6: every delta is after - before
     reward, deltas = compute_reward(hard_before, hard_after, query.target_grid, query.input_grid)
@@ -934,7 +791,9 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
     run.scaler.scale(loss / window).backward()  # FIX 7
     groups = len(batch.task)
     solved = mean_per_owner(exact_match(hard_after.grid, query.target_grid), query.owner, groups)
-    stored = remember(run, batch.task, key, refined, solved)  # FIX 5
+    threshold, stored = fixes.threshold.get_threshold(), 0
+    if not run.args.no_memory:
+        stored = run.memory.offer_batch(key, refined, batch.task, solved, threshold, run.state.step)  # FIX 5
     measured = {
         "loss": loss,
         **{f"efe.{name}": value for name, value in efe.items()},
@@ -958,30 +817,6 @@ def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, 
     return prompt.float() + run.memory.read(embedding, batch.task), embedding
 
 
-def context_feedback(agent: GridAgent, context: Sequence[QueryBatch], prompt: Tensor) -> Feedback:
-    """How the agent does on the context pairs under prompt (G, K, D), and which way the prompt should move.
-
-    The gradient is that of the mean cross-entropy over a task's context pairs. Nothing is back-propagated through the
-    feedback.
-    """
-    pairs, loss, accuracy, exact = torch.zeros(4, len(prompt), device=prompt.device)
-    gradient = torch.zeros_like(prompt, dtype=torch.float32)
-    for query in context:
-        pairs.index_add_(0, query.owner, torch.ones_like(query.owner, dtype=torch.float32))
-    for query in context:  # batches of similar size, each with a graph of its own
-        with torch.enable_grad():
-            leaf = prompt.detach().float().requires_grad_()
-            output = agent(query, leaf)
-            losses = output.pair_loss(query) / pairs[query.owner]
-            gradient += torch.autograd.grad(losses.sum(), leaf)[0]
-        with torch.no_grad():
-            grid = output.predicted_grid(query)
-            loss.index_add_(0, query.owner, losses.detach())
-            accuracy.index_add_(0, query.owner, cell_accuracy(grid, query.target_grid) / pairs[query.owner])
-            exact.index_add_(0, query.owner, exact_match(grid, query.target_grid) / pairs[query.owner])
-    return Feedback(gradient, loss, accuracy, exact, pairs)
-
-
 @torch.no_grad()
 def predictions(
     agent: GridAgent, query: QueryBatch, outputs: tuple[AgentOutput, AgentOutput], prompts: tuple[Tensor, Tensor]
@@ -1001,27 +836,6 @@ def predictions(
     return Prediction(grids[0], reversed_grids[0]), Prediction(grids[1], reversed_grids[1])
 
 
-def efe_terms(run: Run, batch: TrainBatch, passes: Sequence[Pass], prompts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The expected free energy's terms and total, averaged over the passes (before, after): the agent is trained on
-    both, otherwise "before" would be an untrained straw man and the reward would prove nothing."""
-    terms = {
-        "risk": [
-            free_energy.risk(p.output.colour_logits, p.query.target, p.weights.cell, p.weights.grid) for p in passes
-        ],
-        "ambiguity": [free_energy.ambiguity(p.output.colour_logits[-1], p.query.target) for p in passes],
-        "size": [free_energy.size_loss(p.output.size_logits, p.query.target_size) for p in passes],
-    }
-    # The way back is trained on each episode's first view only: it costs a pass of its own.
-    asked = reverse_queries(batch.query.target_grid[batch.first_view], batch.query, batch.first_view)
-    back = run.agent(asked, prompts[-1], reverse=True)
-    both = torch.cat([prompt.float() for prompt in prompts])
-    means = {name: torch.stack(values).mean() for name, values in terms.items()}
-    means["reversibility"] = free_energy.risk(back.colour_logits, asked.target, (asked.target >= 0).float())
-    means["prompt"] = run.fixes.consistency(both, batch.task.repeat(len(prompts)))  # FIX 6
-    size_weight = run.fixes.curriculum.get_size_loss_weight(run.state.epoch)  # FIX 4
-    return free_energy.combine(means, run.weights, size_weight)
-
-
 def reward_with_gradient(
     run: Run,
     query: QueryBatch,
@@ -1037,73 +851,9 @@ def reward_with_gradient(
         return torch.zeros((), device=run.device)
     if run.args.policy_objective == "rloo":
         with run.precision.autocast(run.device):
-            return sampled_objective(run, query, prompt, feedback, hard_before, noise)
-    soft_before, soft_after = (soft_prediction(output, query) for output in outputs)
-    return expected_reward(soft_before, soft_after, query.target_grid).mean()
-
-
-def soft_prediction(output: AgentOutput, query: QueryBatch) -> SoftPrediction:
-    """What the expected reward needs of an agent's output."""
-    return SoftPrediction(
-        colour=output.colour_log_probs(),
-        size=output.size_log_probs(),
-        inside=output.inside_prediction(query),
-        target=query.target,
-        target_size=query.target_size,
-        area=output.predicted_size(query).prod(1),
-    )
-
-
-def sampled_objective(
-    run: Run, query: QueryBatch, prompt: Tensor, feedback: Feedback, before: Prediction, noise: Tensor
-) -> Tensor:
-    """`--policy_objective rloo`: hard rewards of sampled actions, leave-one-out advantages, score function."""
-    rewards, log_probs = [], []
-    for sample in noise:
-        action = run.policy.refine_prompt(prompt.detach(), feedback, noise=sample, observe=False)
-        with torch.no_grad():
-            grid = run.agent(query, action.prompt).predicted_grid(query)
-            # The way back is left out of the sampled rewards (two more passes a sample); the printed reward has it.
-            reward, _ = compute_reward(before, Prediction(grid, before.reverse), query.target_grid, query.input_grid)
-        rewards.append(mean_per_owner(reward, query.owner, len(prompt)))
-        log_probs.append(action.log_prob)
-    return score_function_objective(torch.stack(rewards), torch.stack(log_probs))
-
-
-def policy_noise(run: Run, groups: int, batch_number: int) -> Tensor:
-    """(S, G, A) standard normal noise: a pure function of (seed, epoch, batch), so a resumed run draws the same."""
-    key = np.random.SeedSequence([run.args.seed, run.state.epoch, batch_number, 0xAC7]).generate_state(1)[0]
-    generator = torch.Generator().manual_seed(int(key))
-    shape = (run.args.policy_samples, groups, run.policy.log_std.numel())
-    return torch.randn(shape, generator=generator).to(run.device)
-
-
-def mean_per_owner(values: Tensor, owner: Tensor, groups: int) -> Tensor:
-    """(B,) values of queries -> (G,) means of each episode's."""
-    total = torch.zeros(groups, device=values.device).index_add(0, owner, values.float())
-    return total / torch.bincount(owner, minlength=groups).clamp(min=1)
-
-
-def remember(run: Run, tasks: Tensor, keys: Tensor, prompts: Tensor, solved: Tensor) -> int:
-    """FIX 5: offer each episode's refined prompt to the memory; returns how many were stored. tasks (G,), keys (G, E),
-    prompts (G, K, D), solved (G,)."""
-    if run.args.no_memory:
-        return 0
-    threshold, stored = run.fixes.threshold.get_threshold(), 0
-    for index, (task, accuracy) in enumerate(zip(tasks.tolist(), solved.tolist(), strict=True)):
-        key, prompt = keys[index].detach(), prompts[index].detach()
-        stored += run.memory.offer(key, prompt, task, accuracy, threshold, run.state.step)
-    return stored
-
-
-@torch.no_grad()
-def prompt_spread(prompt: Tensor, context_ids: Tensor) -> Tensor:
-    """(): standard deviation of prompt (G, K, D) across tasks relative to the root mean square; near 0: all tasks get
-    the same prompt. 1.0 where all contexts (G, S) are the same, as those of tasks with a single demonstration are."""
-    flat = prompt.float().flatten(1)
-    if len(context_ids.unique(dim=0)) < 2:
-        return flat.new_ones(())
-    return flat.std(0).square().mean().sqrt() / (flat.square().mean().sqrt() + 1e-12)
+            return sampled_objective(run.policy, run.agent, query, prompt, feedback, hard_before, noise)
+    before, after = (SoftPrediction(**output.soft(query)) for output in outputs)
+    return expected_reward(before, after, query.target_grid).mean()
 
 
 def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]]:
@@ -1123,16 +873,6 @@ def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]
     shared = {"qwen_grad": found["qwen_grad"], "agent_grad": found["agent"], "policy_grad": found["policy"]}
     shared |= {"skipped_steps": state.skipped_steps, **{f"lr.{name}": rate for name, rate in rates.items()}}
     return [{**row, **shared} for row in rows]
-
-
-def read_steps(steps: Sequence[Step], norms: Mapping[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Everything that an update measured as plain numbers, in one read: the only wait for the device. Returns a row for
-    each step, and the norms."""
-    device = next(iter(steps[0].measured.values())).device
-    values = [value for step in steps for value in step.measured.values()] + list(norms.values())
-    numbers = iter(torch.stack([value.detach().float().to(device) for value in values]).tolist())
-    rows = [{**{name: next(numbers) for name in step.measured}, **step.counted} for step in steps]
-    return rows, dict(zip(norms, numbers, strict=True))
 
 
 # ====================================================================================================================
@@ -1160,8 +900,8 @@ def train(run: Run) -> None:
         if validated:
             save_checkpoint(run)  # a validation may take minutes; what was trained is safe by then
             reports = validate(run)
-            state.val_accuracy, state.accuracy_delta = headline(reports, state)
-        log_validation(run.log, state.epoch, state.step, reports, LABELS, args.val_splits, memory_row(run))
+            state.val_accuracy, state.accuracy_delta = headline(reports) or (state.val_accuracy, state.accuracy_delta)
+        log_validation(run.log, state.epoch, state.step, reports, LABELS, args.val_splits, run.memory_row())
         run.log(f"[Epoch {state.epoch}] Time: {time.monotonic() - started:.2f}s")
         # It may have been the last validation that there was time for.
         spent = not in_time or (validated and run.budget.is_spent(state.step))
@@ -1191,13 +931,14 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             began = began if steps else time.monotonic()
             preparing.update(unprepared.met(fetched.task.tolist()))
             window = window_size(args.grad_accum, state.batch, count)
-            noise = policy_noise(run, len(fetched.task), state.batch + len(steps))
+            shape = (args.policy_samples, len(fetched.task), run.policy.log_std.numel())
+            noise = normal_noise(shape, args.seed, state.epoch, state.batch + len(steps), 0xAC7).to(run.device)
             step = train_step(run, fetched.to(run.device), noise, window)
-            steps.append(dataclasses.replace(step, counted={**step.counted, **padding(fetched)}))
+            steps.append(dataclasses.replace(step, counted={**step.counted, **fetched.cell_counts()}))
             if len(steps) < window:
                 continue
             rows = update(run, steps, count)  # a batch counts when its optimizer step is done
-            record(run, rows, (time.monotonic() - began) / len(steps))
+            run.records.add(rows, (time.monotonic() - began) / len(steps))
             bar.update(len(steps))
             bar.set_postfix_str(
                 f"{rows[-1]['samples_per_s']:.0f} samples/s, loss {rows[-1]['loss']:.3f}", refresh=False
@@ -1218,21 +959,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     lines = summary_lines(state, summary_title(args), size_weight, threshold, len(run.memory))
     log("\n".join(lines[:-1]))
     log(lines[-1])
-    run.alarms.check_epoch(state)
+    run.records.check_epoch()
     return in_time
-
-
-def record(run: Run, rows: Sequence[dict[str, Any]], took: float) -> None:
-    """Count batches whose optimizer step is done: state, speed, metrics, log line, red flags. took: seconds a batch."""
-    for row in rows:
-        run.state.count(row)
-        run.budget.measure(took / max(1, row["cells_processed"]))
-        row |= {"batch": run.state.batch, "samples_per_s": round(row["queries"] / took, 2)}
-        run.log.metrics({"step": run.state.step, "epoch": run.state.epoch, **row})
-        if row["batch"] % run.args.log_every == 0:
-            run.log(batch_line(row))
-    for row in rows:
-        run.alarms.check_batch(row)
 
 
 def training_data(run: Run) -> EpisodeData:
@@ -1276,21 +1004,6 @@ def progress(run: Run, batches_per_epoch: int) -> float:
     return max(run.state.step / max(1, run.args.epochs * batches_per_epoch), run.budget.share(run.state.step))
 
 
-def padding(batch: TrainBatch) -> dict[str, int]:
-    """Real and processed cells of the batch's agent passes."""
-    counts = [part.cell_counts() for part in (batch.query, *batch.feedback)]
-    return {"cells": sum(real for real, _ in counts), "cells_processed": sum(processed for _, processed in counts)}
-
-
-def memory_row(run: Run) -> dict[str, Any]:
-    return {
-        "memory.size": len(run.memory),
-        "memory.updates": run.state.memory_updates,
-        "memory.offers": run.state.memory_offers,
-        "memory.threshold": run.fixes.threshold.get_threshold(),
-    }
-
-
 # ====================================================================================================================
 # Validation
 # ====================================================================================================================
@@ -1303,14 +1016,6 @@ def validate(run: Run) -> dict[str, SplitReport]:
     if run.args.submission and math.isfinite(deadline):
         deadline -= max(0.0, deadline - time.monotonic()) / 2
     return score_splits(predict_splits(run, run.splits, deadline), LABELS, run.log)
-
-
-def headline(reports: Mapping[str, SplitReport], state: TrainState) -> tuple[float, float]:
-    """Validation accuracy and accuracy delta of the first split, which decide the best checkpoints; what stood before
-    where nothing was scored."""
-    for report in reports.values():
-        return report.score.pair_accuracy, report.delta
-    return state.val_accuracy, state.accuracy_delta
 
 
 def predict_splits(
@@ -1328,7 +1033,7 @@ def predict_splits(
             left = sum(each.pairs for each in splits[number:])
             share = split.pairs / max(1, left)
             until = time.monotonic() + share * (deadline - time.monotonic()) if math.isfinite(deadline) else deadline
-            pairs = predicted[split.name] = predict_split(run, split, until)
+            pairs = predicted[split.name] = predictor(run).split(split, until)
             if math.isfinite(deadline):
                 run.log(f"{split.name} split: {views_reached(pairs)} of {run.args.val_views} in the time that was left")
             keep_attempts(run.log.folder, split, pairs, run.log)
@@ -1341,99 +1046,39 @@ def predict_splits(
     return predicted
 
 
-def predict_split(run: Run, split: Split, deadline: float = math.inf) -> list[PairPrediction]:
-    """Predict every test pair of the split's tasks. With a deadline *anytime*: the evidence's answer for every pair
-    first, then the agent's views in rounds over all pairs until the time is up."""
-    args, tasks, views = run.args, split.tasks, evaluation_views(run.args.val_views)
-    data = PredictionData(
-        tasks,
-        run.store,
-        run.qwen.encoder,
-        views=views,
-        feedback_pairs=args.feedback_pairs,
-        folds=args.refine_steps > 1,
+def predictor(run: Run) -> Predictor:
+    """The run's modules as they predict: the policy takes the mean of its action, or up to --refine_steps."""
+    args = run.args
+
+    def act(prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
+        return run.policy.refine_prompt(prompt, context_feedback(run.agent, pairs, prompt)).prompt
+
+    def load(source: Dataset, keys: Sequence[Any], what: str) -> Iterable[Any]:
+        loader = make_loader(source, keys, workers=worker_count(args.workers), pin_memory=run.device.type == "cuda")
+        return run.log.bar(batches_of(loader), total=len(keys), desc=what, unit="batch")
+
+    return Predictor(
+        agent=run.agent,
+        read=lambda batch: read_prompt(run, batch)[0],
+        act=None if args.no_policy else act,
+        score=lambda grid, target: (exact_match(grid, target), cell_accuracy(grid, target)),
+        data=lambda tasks, views: PredictionData(
+            tasks,
+            run.store,
+            run.qwen.encoder,
+            views=views,
+            feedback_pairs=args.feedback_pairs,
+            folds=args.refine_steps > 1,
+        ),
+        load=load,
+        store=run.store,
+        device=run.device,
+        precision=run.precision,
+        views=args.val_views,
+        steps=args.refine_steps,
+        max_cells=4 * args.max_cells,
+        check=run.stop.check,
     )
-    order = prediction_order(tasks, views=len(views), max_cells=4 * args.max_cells)
-    workers, pin = worker_count(args.workers), run.device.type == "cuda"
-
-    def load(source: Dataset, keys: Sequence[Any], what: str) -> Any:
-        loader = make_loader(source, keys, workers=workers, pin_memory=pin)
-        return run.log.bar(batches_of(loader), total=len(keys), desc=f"{what} {split.name}", unit="batch")
-
-    predict = functools.partial(predict_batch, run, torch.tensor(split.numbers), {})
-    if not math.isfinite(deadline):
-        return predict_tasks(tasks, load(data, order, "predicting"), predict, run.store)
-    known = answers_in_time(tasks, load(Prepared(tasks, run.store), order, "evidence of"), run.store, deadline)
-    batches = until(load(data, rounds_of(order, len(views)), "predicting"), deadline)
-    return predict_tasks(tasks, batches, predict, run.store, known)
-
-
-PromptsOfTasks = dict[tuple[int, ...], tuple[Tensor, Tensor, list[bool]]]
-
-
-@torch.no_grad()
-def predict_batch(run: Run, numbers: Tensor, known: PromptsOfTasks, fetched: PredictionBatch) -> BatchPrediction:
-    """The agent's output under the unrefined and the refined prompt; the policy takes the mean of its action.
-
-    numbers: of all tasks being predicted, the number that the memory knows each by (`Split.numbers`). known: prompts of
-    earlier rounds, by the positions of a batch's tasks; a batch without demonstrations to try takes them from there."""
-    run.stop.check()
-    positions = tuple(fetched.task.tolist())
-    batch = dataclasses.replace(fetched, task=numbers[fetched.task]).to(run.device)
-    with run.precision.autocast(run.device):
-        if positions not in known or batch.trial:
-            prompt, _ = read_prompt(run, batch)
-            trusted = beats_evidence(run.agent, prompt, batch.trial).tolist()
-            refined = prompt if run.args.no_policy else refine_for_test(run, batch, prompt)
-            known[positions] = prompt, refined, trusted
-        prompt, refined, trusted = known[positions]
-        passes = []
-        for query in batch.query:
-            before = run.agent(query, prompt)
-            passes.append((query, before, before if refined is prompt else run.agent(query, refined)))
-    return BatchPrediction(passes, trusted)
-
-
-def beats_evidence(agent: GridAgent, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
-    """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the demonstrations,
-    each with the evidence of the others: more of them exact; or, where the vote has none exact, more cells right. (They
-    say little of a task that the vote can solve: training mends cells and breaks grids that were right.) Never for a
-    task with one demonstration, where there are no others.
-
-    The prompt has read all demonstrations, and on tasks that were trained on the agent has met them, so the comparison
-    leans to the agent; that it gains all the same was measured on the development split. It is the unrefined prompt:
-    the refined one was fitted to some of these outputs."""
-    totals = torch.zeros(len(prompt), 4, device=prompt.device)
-    for query in trial:
-        answer, vote, target = agent(query, prompt).predicted_grid(query), voted_grid(query), query.target_grid
-        exact = exact_match(answer, target).float(), exact_match(vote, target).float()
-        cells = cell_accuracy(answer, target) - cell_accuracy(vote, target)
-        totals.index_add_(0, query.owner, torch.stack((*exact, cells, torch.ones_like(cells)), 1))
-    ours, theirs, cells, count = totals.unbind(1)
-    better = (ours > theirs) | ((theirs == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
-    return better & (count > 1)
-
-
-def refine_for_test(run: Run, batch: PredictionBatch, prompt: Tensor) -> Tensor:
-    """The policy's action taken once on prompt (G, K, D), or with --refine_steps as often as held-out demonstrations
-    find best, each time with feedback under the prompt that it starts from."""
-
-    def act(start: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
-        return run.policy.refine_prompt(start, context_feedback(run.agent, pairs, start)).prompt
-
-    if batch.folds is None:
-        return act(prompt, batch.feedback)
-    judge = functools.partial(held_out_loss, run.agent)
-    return cross_fitted(prompt, batch.feedback, batch.folds, act, judge, run.args.refine_steps).prompt
-
-
-@torch.no_grad()
-def held_out_loss(agent: GridAgent, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
-    """(P,) mean cross-entropy under prompt (P, K, D) of the demonstrations held out, one for each prompt."""
-    total = torch.zeros(len(prompt), device=prompt.device)
-    for query in pairs:
-        total.index_add_(0, query.owner, agent(query, prompt).pair_loss(query))
-    return total
 
 
 # ====================================================================================================================
@@ -1465,24 +1110,8 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
 
 
 def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
-    """The modules by the name they have in a checkpoint. Qwen's backbone stands alone, so that `model_persistence.py
-    export` can write it in the form that AutoModel reads. Where it does not train it is among `frozen_parts`; with an
-    adapter only that is saved and the backbone is named (see arc/lora.py)."""
-    head = nn.ParameterDict({"query": run.qwen.query})
-    parts: dict[str, nn.Module | Adapter] = {"agent": run.agent, "policy": run.policy, "memory": run.memory}
-    parts |= {"qwen_query": head, "qwen_project": run.qwen.project}
-    return parts if backbone_is_frozen(run) else parts | {"qwen": run.qwen.adapter or run.qwen.backbone}
-
-
-def frozen_parts(run: Run) -> dict[str, Tensor] | None:
-    """What does not train, stored once a run."""
-    if not backbone_is_frozen(run):
-        return None
-    return {f"qwen/{name}": tensor for name, tensor in run.qwen.backbone.state_dict().items()}
-
-
-def backbone_is_frozen(run: Run) -> bool:
-    return not any(parameter.requires_grad for parameter in run.qwen.backbone.parameters())
+    """The modules by the name they have in a checkpoint."""
+    return {"agent": run.agent, "policy": run.policy, "memory": run.memory, **run.qwen.saved_parts()}
 
 
 def save_checkpoint(run: Run, *, wait: bool = False) -> None:
@@ -1490,7 +1119,7 @@ def save_checkpoint(run: Run, *, wait: bool = False) -> None:
     assert run.persistence is not None
     metrics = {"accuracy_delta": run.state.accuracy_delta, "val_accuracy": run.state.val_accuracy}
     run.persistence.save(
-        checkpoint_tree(run), step=run.state.step, metrics=metrics, wait=wait, frozen=frozen_parts(run)
+        checkpoint_tree(run), step=run.state.step, metrics=metrics, wait=wait, frozen=run.qwen.frozen_state()
     )
 
 
@@ -1528,7 +1157,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if run.average is not None:
         run.average.load_state_dict(tree["optim"]["average"])
     run.fixes.threshold.load_state_dict(extra["threshold"])
-    run.state = TrainState(**extra["state"])
+    vars(run.state).update(extra["state"])
     restore_rng(extra["rng"])
 
 
@@ -1547,7 +1176,7 @@ def describe(run: Run) -> None:
     """What runs: device, precision and why, models, data, checkpoint size."""
     args = run.args
     episodes = sum(len(task.train) for task in run.training)
-    tree, frozen = checkpoint_tree(run), frozen_parts(run)
+    tree, frozen = checkpoint_tree(run), run.qwen.frozen_state()
     growth = run.optimizer.bytes_to_come()
     size = (ModelPersistence.estimate_bytes(tree) + growth) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
@@ -1598,7 +1227,7 @@ def run_main(argv: Sequence[str] | None) -> int:
         if which is not None:
             persistence = open_persistence(args, folder, log)
             checkpoint = load_checkpoint(persistence, which)
-            adopt_flags(args, given, checkpoint)
+            take_flags(args, given, checkpoint)
             if problems := problems_of_all(args):
                 raise UserError("; ".join(problems))
         args.output_dir = str(folder)
@@ -1675,6 +1304,12 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     return code
 
 
+def write_config(run: Run) -> None:
+    """The resolved flags as config.json, for people and for --config; a resume reads the checkpoint's own copy."""
+    flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
+    replace_file(Path(run.args.output_dir or ".") / "config.json", json.dumps(flags, indent=2, allow_nan=False) + "\n")
+
+
 def train_and_submit(run: Run) -> int:
     """Train to the end; with --submission predict every task of the data. Returns the exit code."""
     write_config(run)
@@ -1695,7 +1330,7 @@ def evaluate(run: Run) -> int:
     predicted = predict_splits(run, run.splits, run.budget.deadline)
     reports = score_splits(predicted, LABELS, run.log)
     log_validation(
-        run.log, run.state.trained_epoch, run.state.step, reports, LABELS, run.args.val_splits, memory_row(run)
+        run.log, run.state.trained_epoch, run.state.step, reports, LABELS, run.args.val_splits, run.memory_row()
     )
     return submit(run.args.submission, predicted, all_tasks(run.data), run.log) if run.args.submission else 0
 

@@ -63,6 +63,17 @@ class AgentOutput:
         """(B, L) int64: the predicted colour of each token, -1 outside the predicted grid."""
         return self.colour_logits[-1].argmax(-1).masked_fill(~self.inside_prediction(query), -1)
 
+    def soft(self, query: QueryBatch) -> dict[str, Tensor]:
+        """What the expected reward needs, the fields of `policy_refined.SoftPrediction`."""
+        return {
+            "colour": self.colour_log_probs(),
+            "size": self.size_log_probs(),
+            "inside": self.inside_prediction(query),
+            "target": query.target,
+            "target_size": query.target_size,
+            "area": self.predicted_size(query).prod(1),
+        }
+
     def pair_loss(self, query: QueryBatch) -> Tensor:
         """(B,) mean cross-entropy of the target's cells, in nats."""
         wanted = query.target >= 0

@@ -327,6 +327,11 @@ class TrainBatch(TensorBundle):
     first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
     refined: Tensor  # (n,) int64 indices of the queries that are answered under the refined prompt too
 
+    def cell_counts(self) -> dict[str, int]:
+        """Real and processed cells of the agent's passes."""
+        counts = [part.cell_counts() for part in (self.query, *self.feedback)]
+        return {"cells": sum(real for real, _ in counts), "cells_processed": sum(processed for _, processed in counts)}
+
 
 class EpisodeData(torch.utils.data.Dataset):
     """Maps a batch of episodes to a `TrainBatch`. Runs in DataLoader workers; a pure function of its arguments.

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arc.agent import AgentOutput
+from arc.batches import QueryBatch
+
 TERMS = ("risk", "ambiguity", "size", "reversibility", "prompt")
 
 
@@ -86,6 +89,38 @@ def prompt_consistency(prompts: Tensor, task: Tensor, *, reversed_sign: bool = F
     together = (together * same).sum() / same.sum().clamp(min=1)
     apart = (F.relu(cosine) * other).sum() / other.sum().clamp(min=1)
     return together + apart
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one pass's queries in the risk: cell (B, L), grid (B,); ratio (B,) in [0, 1]: share of target cells that are
+    wrong."""
+
+    cell: Tensor
+    grid: Tensor
+    ratio: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One prediction of the step: B queries, the agent's output for them, their weights in the risk."""
+
+    query: QueryBatch
+    output: AgentOutput
+    weights: Weights
+
+
+def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput) -> dict[str, Tensor]:
+    """All terms but that of the prompts, averaged over the passes (before, after): the agent is trained on both,
+    otherwise "before" would be an untrained straw man and the reward would prove nothing. back: the agent's output for
+    the queries `asked` the way back."""
+    found = {
+        "risk": [risk(p.output.colour_logits, p.query.target, p.weights.cell, p.weights.grid) for p in passes],
+        "ambiguity": [ambiguity(p.output.colour_logits[-1], p.query.target) for p in passes],
+        "size": [size_loss(p.output.size_logits, p.query.target_size) for p in passes],
+    }
+    means = {name: torch.stack(values).mean() for name, values in found.items()}
+    return {**means, "reversibility": risk(back.colour_logits, asked.target, (asked.target >= 0).float())}
 
 
 def combine(terms: Mapping[str, Tensor], weights: EfeWeights, size_weight: float) -> dict[str, Tensor]:

@@ -73,3 +73,13 @@ class MemoryBank(nn.Module):
         self.keys[place], self.values[place] = key.float(), value.float()
         self.task[place], self.accuracy[place], self.stored_at[place] = task, accuracy, step
         return True
+
+    def offer_batch(
+        self, keys: Tensor, values: Tensor, tasks: Tensor, accuracies: Tensor, threshold: float, step: int
+    ) -> int:
+        """`offer` for each episode of a batch: keys (G, E), values (G, K, D), tasks (G,), accuracies (G,). Returns how
+        many were stored."""
+        stored = 0
+        for index, (task, accuracy) in enumerate(zip(tasks.tolist(), accuracies.tolist(), strict=True)):
+            stored += self.offer(keys[index].detach(), values[index].detach(), task, accuracy, threshold, step)
+        return stored

@@ -1,36 +1,32 @@
-"""Predicting test pairs, view by view, and scoring what was predicted.
-
-Predicting looks at no test output; `score_predictions` is the only place that does.
-"""
+"""Predicting test pairs, view by view. Nothing here looks at a test output; scoring is in `arc.scoring`."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from arc.agent import AgentOutput
-from arc.augment import Augmentation
-from arc.batches import PredictionBatch, QueryBatch, Round, unpad_grid
+from arc.agent import AgentOutput, GridAgent, voted_grid
+from arc.augment import Augmentation, evaluation_views
+from arc.batches import PredictionBatch, PredictionData, Prepared, QueryBatch, Round, prediction_order, unpad_grid
+from arc.device import Precision
 from arc.evaluate import (
     Attempts,
-    PairResult,
-    SplitScore,
-    cell_accuracy,
-    paired_delta,
-    score_split,
     two_attempts,
     vote,
-    write_submission,
 )
 from arc.evidence import EvidenceStore
-from arc.run.runlog import RunLog
+from arc.loading import worker_count
+from arc.refine import Act, cross_fitted, held_out_loss
+from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
 from arc.splits import Split
 from arc.tasks import Grid, Task
 
@@ -194,86 +190,113 @@ def certainty(output: AgentOutput, query: QueryBatch) -> Tensor:
     return (output.colour_log_probs().exp().amax(-1) * inside).sum(1) / inside.sum(1).clamp(min=1)
 
 
-@dataclass
-class SplitReport:
-    """A split's scores: the answer, the same before refinement, the evidence alone, the agent's views alone; and what
-    refinement did to cell accuracy (mean over pairs, paired standard error; NaN where there is no pair with a solution,
-    or just one).
-    """
+class Effort(Protocol):
+    """The flags that decide how long a prediction takes."""
 
-    score: SplitScore
-    before: SplitScore
-    training_free: SplitScore
-    agent: SplitScore
-    delta: float
-    delta_error: float
+    val_views: int
+    refine_steps: int
+    feedback_pairs: int
+    no_policy: bool
+    workers: int
 
 
-def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport:
-    """Scoring: the only place where test outputs are read. Pairs without a given solution are left out."""
-    answers: list[PairResult] = []
-    befores: list[PairResult] = []
-    votes: list[PairResult] = []
-    agents: list[PairResult] = []
-    cells: dict[str, list[float]] = {"before": [], "after": []}
-    for pair in pairs:
-        target = pair.task.test[pair.test_index].output
-        if target is None:
-            continue
-        for results, attempts in (
-            (answers, pair.attempts()),
-            (befores, pair.attempts(refined=False)),
-            (votes, pair.training_free_attempts()),
-            (agents, two_attempts(pair.agent() or [pair.training_free], [])),
-        ):
-            results.append(PairResult(pair.task.id, pair.test_index, target, attempts))
-        for when, grids in (("before", pair.before), ("after", pair.after)):
-            cells[when] += [float(np.mean([cell_accuracy(grid, target) for grid in grids]))] if grids else []
-    delta, error = paired_delta(cells["before"], cells["after"]) if cells["after"] else (math.nan, math.nan)
-    return SplitReport(
-        score=score_split(name, answers),
-        before=score_split(name, befores),
-        training_free=score_split(name, votes),
-        agent=score_split(name, agents),
-        delta=delta,
-        delta_error=error,
-    )
+def prediction_cost(args: Effort, tasks: Sequence[Task], store: EvidenceStore) -> PredictionCost:
+    """What predicting the tasks' test pairs takes, from sizes that are known beforehand."""
+    views = args.val_views + (STEP_VIEWS * args.refine_steps if args.refine_steps > 1 else 0)
+    cells = 0.0
+    for task in tasks:
+        demonstrations = [pair.input.size for pair in task.train]
+        cells += views * sum(pair.input.size for pair in task.test) + TRIAL_VIEWS * sum(demonstrations)
+        cells += 0.0 if args.no_policy else FEEDBACK_VIEWS * sum(demonstrations[: args.feedback_pairs])
+    missing = sum(not store.is_prepared(task) for task in tasks) / max(1, worker_count(args.workers))
+    return PredictionCost(cells, missing)
 
 
-def score_splits(
-    predicted: Mapping[str, Sequence[PairPrediction]], labels: Mapping[str, str], log: Callable[[str], None]
-) -> dict[str, SplitReport]:
-    """Score the splits that have solutions; say so where none are given."""
-    reports = {}
-    for name, pairs in predicted.items():
-        report = score_predictions(name, pairs)
-        if report.score.pairs:
-            reports[name] = report
-        else:
-            log(f"{labels[name]}: no solutions are given; the attempts are in predictions-{name}.json")
-    return reports
+# ----------------------------------------------------------------------------------------------------------------------
+# The predictor
+# ----------------------------------------------------------------------------------------------------------------------
+
+Prompts = dict[tuple[int, ...], tuple[Tensor, Tensor, list[bool]]]
 
 
-def keep_attempts(folder: Path, split: Split, pairs: Sequence[PairPrediction], log: Callable[[str], None]) -> None:
-    """Write a split's attempts into the run's folder; say so and go on where that is not possible."""
-    try:
-        write_submission(folder / f"predictions-{split.name}.json", all_attempts(pairs), split.tasks)
-    except (ValueError, OSError) as problem:
-        log(f"Predictions of the {split.name} split are not written: {problem}")
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts the test pairs of splits with the parts of a run that it is handed."""
 
+    agent: GridAgent
+    read: Callable[[PredictionBatch], Tensor]  # the unrefined prompts (G, K, D) of a batch
+    act: Act | None  # a step of the policy; None: no refinement
+    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # grids, targets -> exact, share of cells right: (B,) each
+    data: Callable[[Sequence[Task], Sequence[Augmentation]], PredictionData]  # of tasks under views
+    load: Callable[[Dataset, Sequence[Any], str], Iterable[Any]]  # batches of a data set by keys; what a bar says
+    store: EvidenceStore
+    device: torch.device
+    precision: Precision
+    views: int
+    steps: int  # of refinement at most
+    max_cells: int  # in a batch
+    check: Callable[[], None]  # called before each batch; raises to end it all
 
-def submit(path: str, predicted: Mapping[str, Sequence[PairPrediction]], tasks: Sequence[Task], log: RunLog) -> int:
-    """--submission: write the file, read back and checked, and log what is in it. Returns the exit code."""
-    pairs = [pair for part in predicted.values() for pair in part]
-    try:
-        write_submission(path, all_attempts(pairs), tasks)
-    except ValueError as problem:  # a full disk, a folder that is gone: it was writable when the command started
-        log(f"error: --submission: {problem}", error=True)
-        return 1
-    score = score_predictions("submission", pairs).score
-    scored = f"{score.pass2_pairs} of {score.pairs} with a given solution right, {score.whole_tasks} tasks whole"
-    log(
-        f"Submission: {path}, {len(tasks)} tasks, {len(pairs)} test inputs, two "
-        f"attempts each; {scored if score.pairs else 'no solutions are given, so nothing is scored'}"
-    )
-    return 0
+    def split(self, split: Split, deadline: float = math.inf) -> list[PairPrediction]:
+        """Predict every test pair of the split's tasks. With a deadline *anytime*: the evidence's answer for every pair
+        first, then the agent's views in rounds over all pairs until the time is up."""
+        tasks, data = split.tasks, self.data(split.tasks, evaluation_views(self.views))
+        order = prediction_order(tasks, views=self.views, max_cells=self.max_cells)
+        predict = functools.partial(self.batch, torch.tensor(split.numbers), {})
+        if not math.isfinite(deadline):
+            return predict_tasks(tasks, self.load(data, order, f"predicting {split.name}"), predict, self.store)
+        prepared = self.load(Prepared(tasks, self.store), order, f"evidence of {split.name}")
+        known = answers_in_time(tasks, prepared, self.store, deadline)
+        rounds = self.load(data, rounds_of(order, self.views), f"predicting {split.name}")
+        return predict_tasks(tasks, until(rounds, deadline), predict, self.store, known)
+
+    @torch.no_grad()
+    def batch(self, numbers: Tensor, known: Prompts, fetched: PredictionBatch) -> BatchPrediction:
+        """The agent's output under the unrefined and the refined prompt; the policy takes the mean of its action.
+
+        numbers: of all tasks being predicted, the number that the memory knows each by (`Split.numbers`). known:
+        prompts of earlier rounds, by the positions of a batch's tasks; a batch without demonstrations to try takes them
+        from there."""
+        self.check()
+        positions = tuple(fetched.task.tolist())
+        batch = dataclasses.replace(fetched, task=numbers[fetched.task]).to(self.device)
+        with self.precision.autocast(self.device):
+            if positions not in known or batch.trial:
+                prompt = self.read(batch)
+                trusted = self.beats_evidence(prompt, batch.trial).tolist()
+                known[positions] = prompt, self.refine(batch, prompt), trusted
+            prompt, refined, trusted = known[positions]
+            passes = []
+            for query in batch.query:
+                before = self.agent(query, prompt)
+                passes.append((query, before, before if refined is prompt else self.agent(query, refined)))
+        return BatchPrediction(passes, trusted)
+
+    def refine(self, batch: PredictionBatch, prompt: Tensor) -> Tensor:
+        """The policy's action taken once on prompt (G, K, D), or as often as held-out demonstrations find best, each
+        time with feedback under the prompt that it starts from."""
+        if self.act is None:
+            return prompt
+        if batch.folds is None:
+            return self.act(prompt, batch.feedback)
+        judge = functools.partial(held_out_loss, self.agent)
+        return cross_fitted(prompt, batch.feedback, batch.folds, self.act, judge, self.steps).prompt
+
+    def beats_evidence(self, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
+        """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the
+        demonstrations, each with the evidence of the others: more of them exact; or, where the vote has none exact,
+        more cells right. (They say little of a task that the vote can solve: training mends cells and breaks grids that
+        were right.) Never for a task with one demonstration, where there are no others.
+
+        The prompt has read all demonstrations, and on tasks that were trained on the agent has met them, so the
+        comparison leans to the agent; that it gains all the same was measured on the development split. It is the
+        unrefined prompt: the refined one was fitted to some of these outputs."""
+        totals = torch.zeros(len(prompt), 4, device=prompt.device)
+        for query in trial:
+            exact, cells = self.score(self.agent(query, prompt).predicted_grid(query), query.target_grid)
+            vote_exact, vote_cells = self.score(voted_grid(query), query.target_grid)
+            found = (exact.float(), vote_exact.float(), cells - vote_cells, torch.ones_like(cells))
+            totals.index_add_(0, query.owner, torch.stack(found, 1))
+        ours, theirs, cells, count = totals.unbind(1)
+        better = (ours > theirs) | ((theirs == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
+        return better & (count > 1)

@@ -219,6 +219,27 @@ class QwenPrompt(nn.Module):
             use_cache=True,
         ).last_hidden_state
 
+    @property
+    def backbone_is_frozen(self) -> bool:
+        """Whether no weight of the backbone trains, not even beside an adapter."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def saved_parts(self) -> dict[str, nn.Module | Adapter]:
+        """What of this module is in every checkpoint. The backbone stands alone, so that `model_persistence.py export`
+        can write it in the form that AutoModel reads. Where it does not train it is `frozen_state`; with an adapter
+        only that is saved and the backbone is named (see arc/lora.py)."""
+        head: dict[str, nn.Module | Adapter] = {
+            "qwen_query": nn.ParameterDict({"query": self.query}),
+            "qwen_project": self.project,
+        }
+        return head if self.backbone_is_frozen else {**head, "qwen": self.adapter or self.backbone}
+
+    def frozen_state(self) -> dict[str, Tensor] | None:
+        """The weights that do not train, stored once a run, by the names they have there; None if there are none."""
+        if not self.backbone_is_frozen:
+            return None
+        return {f"qwen/{name}": tensor for name, tensor in self.backbone.state_dict().items()}
+
     def export_files(self) -> dict[str, str]:
         """Texts of config.json, tokenizer.json and tokenizer_config.json (and what else the tokenizer needs), by name.
 
@@ -285,3 +306,13 @@ def build_qwen(
             base=base,
             lora_rank=lora_rank,
         )
+
+
+@torch.no_grad()
+def prompt_spread(prompt: Tensor, context_ids: Tensor) -> Tensor:
+    """(): standard deviation of prompt (G, K, D) across tasks relative to the root mean square; near 0: all tasks get
+    the same prompt. 1.0 where all contexts (G, S) are the same, as those of tasks with a single demonstration are."""
+    flat = prompt.float().flatten(1)
+    if len(context_ids.unique(dim=0)) < 2:
+        return flat.new_ones(())
+    return flat.std(0).square().mean().sqrt() / (flat.square().mean().sqrt() + 1e-12)

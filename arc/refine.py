@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arc.agent import GridAgent
 from arc.batches import Folds, QueryBatch
 
 Context = Sequence[QueryBatch]
@@ -54,3 +55,12 @@ def cross_fitted(prompt: Tensor, context: Context, folds: Folds, act: Act, judge
     for _ in range(int(best.max())):
         trail.append(act(trail[-1], context))
     return Refinement(torch.stack(trail)[best, everyone], best, held_out)
+
+
+@torch.no_grad()
+def held_out_loss(agent: GridAgent, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
+    """(P,) mean cross-entropy under prompt (P, K, D) of the demonstrations held out, one for each prompt."""
+    total = torch.zeros(len(prompt), device=prompt.device)
+    for query in pairs:
+        total.index_add_(0, query.owner, agent(query, prompt).pair_loss(query))
+    return total

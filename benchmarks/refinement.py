@@ -36,7 +36,7 @@ from arc.augment import evaluation_views  # noqa: E402
 from arc.batches import PredictionBatch, PredictionData, QueryBatch, prediction_order  # noqa: E402
 from arc.evaluate import cell_accuracy, paired_delta  # noqa: E402
 from arc.predict import PairPrediction, collect  # noqa: E402
-from arc.refine import cross_fitted  # noqa: E402
+from arc.refine import cross_fitted, held_out_loss  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
 from arc.splits import Split  # noqa: E402
 from arc.tasks import Task  # noqa: E402
@@ -45,14 +45,13 @@ from model_persistence import ModelPersistence, PersistenceError  # noqa: E402
 from policy_refined import Feedback  # noqa: E402
 from trainloop_complete_with_fixes import (  # noqa: E402
     Run,
-    adopt_flags,
     build_run,
     context_feedback,
-    held_out_loss,
     load_checkpoint,
     parse_arguments,
     read_prompt,
     restore,
+    take_flags,
 )
 
 DEMONSTRATIONS = "demonstrations"
@@ -74,7 +73,7 @@ def open_run(folder: str, which: str, flags: Sequence[str]) -> Run:
     args, given = parse_arguments(["--eval_only", "--resume", which, "--output_dir", folder, "--quiet", *flags])
     with ModelPersistence(folder, read_only=True) as persistence:
         checkpoint = load_checkpoint(persistence, which)
-    adopt_flags(args, given, checkpoint)
+    take_flags(args, given, checkpoint)
     run = build_run(args, RunLog(quiet=True), time.monotonic(), checkpoint)
     restore(run, checkpoint)
     for module in run.modules.values():

@@ -62,8 +62,7 @@ class Side:
             [sys.executable, "-P", *command],
             cwd=self.work,
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             encoding="utf-8",
         )

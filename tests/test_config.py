@@ -13,8 +13,8 @@ import pytest
 from conftest import SmallRun
 from helpers import Tripwire, everything_below, load, run_into, strict_json
 
-from arc.run.flags import Number
-from trainloop_complete_with_fixes import HARMLESS, build_parser, main, parse_arguments, saved_flags
+from arc.run.flags import Number, saved_flags
+from trainloop_complete_with_fixes import main, parse_arguments
 
 Said = Callable[..., str]
 
@@ -234,11 +234,6 @@ def test_help_names_every_default_and_groups_the_fixes(capsys: pytest.CaptureFix
     fixes = [number for number, title in enumerate(titles) if title.startswith(("the seven", "fix"))]
     assert fixes == list(range(fixes[0], len(titles)))  # together, at the end
     assert set("1234567") <= set("".join(titles[fixes[0] :]))
-
-
-def test_flags_of_resuming_exist() -> None:
-    names = {action.dest for action in build_parser()._actions}
-    assert HARMLESS <= names
 
 
 def test_numbers() -> None:

@@ -21,7 +21,7 @@ from arc.evidence.store import silence
 from arc.predict import PairPrediction
 from arc.splits import Development, carve, hold_out
 from arc.tasks import Pair, Task, same_content
-from trainloop_complete_with_fixes import ABLATION, parse_arguments, predict_split, read_prompt
+from trainloop_complete_with_fixes import ABLATION, parse_arguments, predictor, read_prompt
 
 # --------------------------------------------------------------------------------------------------------------------
 # no memory
@@ -66,7 +66,7 @@ def test_without_evidence_the_agent_gets_none(small_build: SmallBuild, data_dir:
     trained = len(seen)
     run.agent.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for split in run.splits:
-        predict_split(run, split)
+        predictor(run).split(split)
     assert trained > 10 and len(seen) > trained + 4
     assert [is_silent(query) for query in seen] == [True] * len(seen)
     assert not is_silent(train_batches(small_build(), 1)[0].query)

@@ -13,8 +13,8 @@ from torch import nn
 
 from arc.batches import TrainBatch
 from arc.efe import TERMS
-from policy_refined import colour_histogram, expected_goal, expected_reward
-from trainloop_complete_with_fixes import Run, context_feedback, goal_oriented_loss, read_prompt, soft_prediction
+from policy_refined import SoftPrediction, colour_histogram, expected_goal, expected_reward
+from trainloop_complete_with_fixes import Run, context_feedback, goal_oriented_loss, read_prompt
 
 REWARD_ALONE = [word for term in TERMS for word in (f"--w_{term}", "0")]
 FAST = ["--agent_lr", "1e-2", "--qwen_lr", "1e-3", "--policy_lr", "1e-2"]
@@ -35,7 +35,7 @@ def expected_gains(run: Run, batches: list[TrainBatch]) -> tuple[float, float]:
         prompt, _ = read_prompt(run, batch)
         feedback = context_feedback(run.agent, batch.feedback, prompt)
         refined = run.policy.refine_prompt(prompt, feedback, observe=False).prompt
-        before, after = (soft_prediction(run.agent(batch.query, p), batch.query) for p in (prompt, refined))
+        before, after = (SoftPrediction(**run.agent(batch.query, p).soft(batch.query)) for p in (prompt, refined))
         goals.append(expected_goal(after, colour_histogram(batch.query.target_grid)).mean())
         rewards.append(expected_reward(before, after, batch.query.target_grid).mean())
     return float(torch.stack(goals).mean()), float(torch.stack(rewards).mean())

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from arc.augment import Augmentation
 from arc.batches import Query, collate_queries, unpad_grid
 from arc.efe import TERMS, EfeWeights, risk, size_loss
-from policy_refined import Prediction, compute_reward, expected_reward
-from trainloop_complete_with_fixes import Run, SizeWarmupCurriculum, goal_oriented_loss, soft_prediction
+from policy_refined import Prediction, SoftPrediction, compute_reward, expected_reward
+from trainloop_complete_with_fixes import Run, SizeWarmupCurriculum, goal_oriented_loss
 
 EXPECTED = [1.000, 0.833, 0.667, 0.500, 0.500]
 
@@ -84,7 +84,7 @@ def test_any_sizes_give_a_loss_and_a_reward(
     answers = Prediction(grid, query.input_grid), Prediction(query.target_grid, query.input_grid)
     reward, breakdown = compute_reward(*answers, query.target_grid, query.input_grid)
     assert torch.isfinite(reward).all() and bool(breakdown["d_size"] > 0) == (predicted != target)
-    soft = soft_prediction(output, query)
+    soft = SoftPrediction(**output.soft(query))
     weights = run.fixes.hard_cells(output, query, torch.tensor([False])).cell
     efe = risk(output.colour_logits, query.target, weights) + size_loss(output.size_logits, query.target_size)
     loss = goal_oriented_loss(efe, expected_reward(soft, soft, query.target_grid).mean())

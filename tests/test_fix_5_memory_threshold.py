@@ -21,7 +21,6 @@ from trainloop_complete_with_fixes import (
     Run,
     mean_per_owner,
     read_prompt,
-    remember,
 )
 
 
@@ -70,7 +69,8 @@ def test_offers_are_judged_by_the_threshold(small_build: SmallBuild) -> None:
         run = small_build("--augment", "none", *flags)
         batch = next(b for b in train_batches(run, 6) if len(b.task.unique()) == len(b.task) == len(solved))
         prompt, embedding = read_prompt(run, batch)
-        return remember(run, batch.task, embedding, prompt, solved)
+        threshold = run.fixes.threshold.get_threshold()
+        return run.memory.offer_batch(embedding, prompt, batch.task, solved, threshold, 0)
 
     assert stored() == 3
     assert stored("--ablate", "5") == 0

@@ -117,7 +117,7 @@ def test_a_bad_batch_is_seen_in_an_accumulated_step_and_left_out_of_the_mean(sma
     train_on(run, batches)
     losses = [row["loss"] for row in rows_of(run)]
     assert losses[0] is None and all(loss is not None for loss in losses[1:])
-    assert "loss" in run.alarms.raised
+    assert "loss" in run.records.raised
     assert run.log.folder is not None
     shown = re.findall(r"Average Loss: ([\d.]+)", (run.log.folder / "train.log").read_text())
     assert float(shown[-1]) == pytest.approx(sum(losses[1:]) / 3, abs=1e-4)

@@ -25,7 +25,7 @@ from arc.run.runlog import RunLog
 from benchmarks import memory
 from model_persistence import PersistenceError, export_best
 from model_persistence import main as persistence_main
-from trainloop_complete_with_fixes import GradientMonitor, Run, build_run, frozen_parts, parse_arguments
+from trainloop_complete_with_fixes import GradientMonitor, Run, build_run, parse_arguments
 
 # At rank 64 the matrices of the tiny Qwen are just large enough (4,096 values) for 8-bit moments.
 LORA = ("--qwen_tune", "lora", "--lora_rank", "64")
@@ -93,7 +93,7 @@ def test_the_adapter_and_the_head_train_and_the_base_does_not(small_build: Small
     train_on(run, batches[1:])
     assert moved(run, before) == down | up | head
     assert [row["qwen_grad"] > 0 for row in rows_of(run)] == [True] * 3
-    assert run.alarms.raised == set()
+    assert run.records.raised == set()
 
 
 def test_the_monitor_is_not_fooled_by_matrices_that_start_at_zero(small_build: SmallBuild) -> None:
@@ -175,7 +175,7 @@ def test_a_checkpoint_holds_the_adapter_and_names_the_base(trained: Outcome, bas
 
 def test_the_adapter_is_averaged_too(small_build: SmallBuild, base_folder: Path) -> None:
     run = small_build(*LORA, "--qwen", str(base_folder))
-    assert run.average is not None and frozen_parts(run) is None
+    assert run.average is not None and run.qwen.frozen_state() is None
     averaged = {name.removeprefix("qwen.") for name in run.average.average if name.startswith("qwen.")}
     assert averaged == run.qwen.trainable_parameters().keys()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
 from arc.predict import PairPrediction, predict_tasks
 from arc.tasks import Grid, Pair, Task
-from trainloop_complete_with_fixes import beats_evidence, predict_batch, read_prompt
+from trainloop_complete_with_fixes import predictor, read_prompt
 
 
 def single(colour: int) -> Grid:
@@ -120,7 +121,7 @@ def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBui
 
     def trusted(right: list[str], near: list[str], wrong: list[str]) -> set[str]:
         corrector: Any = Corrector(run.agent, names, right, near, wrong)
-        judged = beats_evidence(corrector, prompt, batch.trial).tolist()
+        judged = dataclasses.replace(predictor(run), agent=corrector).beats_evidence(prompt, batch.trial).tolist()
         return {name for name, better in zip(names, judged, strict=True) if better}
 
     with torch.no_grad():
@@ -130,7 +131,7 @@ def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBui
         assert trusted([], ["sort", "crop", "flip"], []) == {"sort"}  # nearly right beats a vote with none right
         one = [query.rows(torch.tensor([0])) for query in batch.trial]  # a demonstration of some tasks, and no more
         corrector: Any = Corrector(run.agent, names, names, [], [])
-        assert not beats_evidence(corrector, prompt, one).any()
+        assert not dataclasses.replace(predictor(run), agent=corrector).beats_evidence(prompt, one).any()
 
 
 def test_trust_reaches_the_pairs_of_its_task(small_build: SmallBuild) -> None:
@@ -140,7 +141,7 @@ def test_trust_reaches_the_pairs_of_its_task(small_build: SmallBuild) -> None:
     numbers = torch.arange(3)
 
     def predict(batch):
-        predicted = predict_batch(run, numbers, {}, batch)
+        predicted = predictor(run).batch(numbers, {}, batch)
         predicted.trusted = [position == 1 for position in batch.task.tolist()]
         return predicted
 

@@ -21,17 +21,15 @@ from torch import Tensor
 
 from arc.augment import evaluation_views
 from arc.batches import MAX_FOLDS, Folds, PredictionBatch, PredictionData, QueryBatch, TensorBundle
-from arc.refine import Context, Refinement, cross_fitted
+from arc.refine import Context, Refinement, cross_fitted, held_out_loss
 from arc.splits import NEW
 from arc.tasks import Pair, Task
 from benchmarks import refinement as benchmark
+from policy_refined import context_feedback
 from trainloop_complete_with_fixes import (
     Run,
-    context_feedback,
-    held_out_loss,
-    predict_batch,
+    predictor,
     read_prompt,
-    refine_for_test,
 )
 
 STEPS = 3
@@ -180,8 +178,8 @@ def test_one_step_is_the_policy_s_action_bit_for_bit(run: Run, batch: Prediction
         action = run.policy.refine_prompt(prompt, context_feedback(run.agent, batch.feedback, prompt)).prompt
         plain = fetched(run, [*run.training, single(run.training[0])], folds=False)
         assert plain.folds is None and equal(plain.query, batch.query) and equal(plain.feedback, batch.feedback)
-        assert same_bits(refine_for_test(run, plain, prompt), action)
-        several = refine_for_test(run, batch, prompt)
+        assert same_bits(predictor(run).refine(plain, prompt), action)
+        several = predictor(run).refine(batch, prompt)
     assert same_bits(several[-1], action[-1])  # the task with a single demonstration stops at the first
     assert not torch.equal(several, action)
 
@@ -189,7 +187,7 @@ def test_one_step_is_the_policy_s_action_bit_for_bit(run: Run, batch: Prediction
 def test_refining_is_repeatable_and_draws_nothing(run: Run, batch: PredictionBatch) -> None:
     before = torch.get_rng_state()
     new = torch.full((int(batch.task.max()) + 1,), NEW)
-    first, second = (predict_batch(run, new, {}, batch).passes for _ in range(2))
+    first, second = (predictor(run).batch(new, {}, batch).passes for _ in range(2))
     assert same_bits(torch.get_rng_state(), before)
     for (_, _, a), (_, _, b) in zip(first, second, strict=True):
         assert equal([*a.colour_logits, a.size_logits], [*b.colour_logits, b.size_logits])

@@ -1,14 +1,60 @@
-"""The machinery behind the script's flags: all problems in one line, nothing built or written before they are
-checked."""
+"""The machinery behind the script's flags: one dataclass says what there is, what it is for and what a resumed run may
+change; all problems come in one line, and nothing is built or written before they are checked."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from arc.run.files import UserError, read_json
+
+T = TypeVar("T")
+
+
+class Resume(Enum):
+    """What --resume makes of a flag."""
+
+    FIXED = "enters the maths of a training step: the checkpoint's value holds, another one is refused"
+    MODEL = "the same, but --eval_only may change it: another machine, another copy of the same Qwen"
+    FREE = "may be changed; where it is not given the checkpoint's value holds"
+    COMMAND = "belongs to each command: where it runs, how it behaves; the checkpoint's value is never taken"
+    UNSAVED = "only says where flags come from and go to"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field of a dataclass of flags is on the command line: group and text of --help, and argparse's options."""
+
+    group: str
+    help: str
+    resume: Resume
+    options: Mapping[str, Any]
+
+
+def flag(group: str, default: Any, text: str, kind: Any = None, resume: Resume = Resume.FIXED, **options: Any) -> Any:
+    """A field that is a flag of its name. kind: a function of the text, or a tuple of choices; none for a switch and a
+    string. options: more for argparse, and `also`, other names."""
+    if isinstance(kind, tuple):
+        options["choices"] = kind
+    elif kind is not None:
+        options["type"] = kind
+    if isinstance(default, bool):
+        options["action"] = "store_true"
+    return dataclasses.field(default=default, metadata={"flag": Flag(group, text, resume, options)})
+
+
+def declared(flags: Any) -> dict[str, Flag]:
+    """The flags of a dataclass, or of an instance, by name in the order of the source."""
+    return {field.name: field.metadata["flag"] for field in dataclasses.fields(flags)}
 
 
 @dataclass(frozen=True)
@@ -35,6 +81,10 @@ class Number:
         return value
 
 
+whole = functools.partial(Number, int)
+real = functools.partial(Number, float)
+
+
 class Help(argparse.HelpFormatter):
     """Help that ends with the flag's default, unless the text names it itself."""
 
@@ -51,7 +101,7 @@ class Help(argparse.HelpFormatter):
 class Arguments(argparse.ArgumentParser):
     """An argparse parser that collects problems instead of leaving at the first, and reports them in one line."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, flags: type, description: str) -> None:
         super().__init__(
             prog="trainloop_complete_with_fixes.py",
             usage="%(prog)s [flags]",
@@ -59,8 +109,38 @@ class Arguments(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=Help,
         )
-        self._groups: dict[str, argparse._ArgumentGroup] = {}
         self.problems: list[str] = []
+        self.actions: dict[str, argparse.Action] = {}
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        for field in dataclasses.fields(flags):
+            what: Flag = field.metadata["flag"]
+            if what.group not in groups:  # in the order of the source
+                groups[what.group] = self.add_argument_group(what.group)
+            options = dict(what.options)
+            names = (f"--{field.name}", *options.pop("also", ()))
+            add = groups[what.group].add_argument
+            self.actions[field.name] = add(*names, default=field.default, help=what.help, **options)
+
+    def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], set[str], set[str]]:
+        """The values by name; which were typed; which were given at all, on the command line or by --config. A problem
+        does not end it: see `problems`."""
+        parsed, unknown = self.parse_known_args(argv)
+        values = vars(parsed)
+        if unknown:
+            self.problems.append(f"unknown: {' '.join(unknown)}")
+        typed = {
+            name
+            for name, action in self.actions.items()
+            for option in action.option_strings
+            if any(word == option or word.startswith(option + "=") for word in argv)
+        }
+        given = set(typed)
+        if values["config"] is not None:
+            for name, value in read_config(self, Path(values["config"]), resuming=values["resume"] is not None).items():
+                if name not in typed:
+                    values[name] = value
+                    given |= {name} if value is not None else set()  # null: decided when the model is built
+        return values, typed, given
 
     def error(self, message: str) -> NoReturn:
         self.problems.append(message)
@@ -69,14 +149,6 @@ class Arguments(argparse.ArgumentParser):
     def report(self) -> NoReturn:
         """One line on stderr, exit code 2."""
         self.exit(2, f"error: {' '.join('; '.join(self.problems).split())}\n")
-
-    def declare_groups(self, titles: Sequence[str]) -> None:
-        """The groups of --help in their order, wherever in the source their flags stand."""
-        self._groups = {title: self.add_argument_group(title) for title in titles}
-
-    def group(self, title: str) -> argparse._ArgumentGroup:
-        """A declared group."""
-        return self._groups[title]
 
     def value_of(self, action: argparse.Action, text: str) -> Any:
         """The value that `text` gives to a flag. ValueError with the reason, without the flag's name."""
@@ -116,3 +188,108 @@ def own_arguments() -> list[str]:
     """
     in_cell = ipython_shell() is not None and not hasattr(sys.modules["__main__"], "__file__")
     return [] if in_cell else sys.argv[1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags from a JSON file: --config
+# ----------------------------------------------------------------------------------------------------------------------
+
+OF_THE_PARSER = {"config", "print_config"}
+# What a run's own record says of the command that made it, not of its settings.
+OF_ANOTHER_COMMAND = {"resume", "eval_only", "submission"}
+
+
+def read_config(parser: Arguments, file: Path, *, resuming: bool) -> dict[str, Any]:
+    """The flags in a JSON object {name without dashes: value}, checked as on the command line. Problems are added to
+    the parser's.
+
+    A run's own config.json repeats its settings: it is another command that is given now, so `resume`, `eval_only` and
+    `submission` are not taken from it, and its folder only when that run is to be continued (resuming).
+    """
+    try:
+        content = read_json(file)
+    except UserError as problem:
+        parser.problems.append(f"--config {problem}")
+        return {}
+    if not isinstance(content, dict):
+        parser.problems.append(f"--config {file}: is not a JSON object of flags")
+        return {}
+    if is_a_runs_record(file):
+        left_out = OF_ANOTHER_COMMAND if resuming else OF_ANOTHER_COMMAND | {"output_dir"}
+        content = {name: value for name, value in content.items() if name not in left_out}
+    actions = {name: action for name, action in parser.actions.items() if name not in OF_THE_PARSER}
+    values = {}
+    for name, value in content.items():
+        try:
+            if name not in actions:
+                raise ValueError("there is no such flag")
+            values[name] = flag_value(parser, actions[name], value)
+        except ValueError as problem:
+            parser.problems.append(f"--config {file}: {name[:80]!r}: {problem}")
+    return values
+
+
+def is_a_runs_record(file: Path) -> bool:
+    """Whether the file lies in a run's folder, or in its backup: beside logs or checkpoints."""
+    beside = file.resolve().parent
+    named = any((beside / name).is_file() for name in ("metrics.jsonl", "train.log"))
+    return named or any(any(beside.glob(f"{kind}-*/manifest.json")) for kind in ("step", "best"))
+
+
+def flag_value(parser: Arguments, action: argparse.Action, value: object) -> Any:
+    """The flag's value for a JSON value of the flag's own type: a number, true or false, a string, a list (or its
+    comma-separated form) where there can be several, null where the default is not known beforehand. ValueError with
+    the reason."""
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{shown(value)} is neither true nor false")
+    if isinstance(action.type, Number):
+        fits = (int,) if action.type.kind is int else (int, float)
+        if type(value) in fits:
+            return parser.value_of(action, json.dumps(value))
+        raise ValueError(f"{shown(value)} is not {'a whole' if action.type.kind is int else 'a'} number")
+    if isinstance(action.default, tuple) and isinstance(value, list):
+        if all(type(part) in (int, str) for part in value):
+            return parser.value_of(action, ",".join(map(str, value)))
+        raise ValueError(f"{shown(value)} is not a list of what {action.option_strings[0]} takes")
+    if isinstance(value, str):
+        return parser.value_of(action, value)
+    raise ValueError(f"{shown(value)} is not a string")
+
+
+def shown(value: object) -> str:
+    """A JSON value for a message; containers and long texts are not printed."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    return json.dumps(value)[:80]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags from a checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def saved_flags(flags: Any) -> dict[str, Any]:
+    """The flags as plain values, sorted by name, as config.json and checkpoints have them."""
+    names = sorted(name for name, what in declared(flags).items() if what.resume is not Resume.UNSAVED)
+    values = {name: getattr(flags, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def adopt_flags(flags: Any, given: set[str], saved: Mapping[str, Any], *, free: set[str], own: set[str]) -> None:
+    """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name
+    (UserError). free, own: flags that are `FREE` and `COMMAND` this time."""
+    changed = []
+    for name, what in sorted(declared(flags).items()):
+        if name not in saved or what.resume in (Resume.COMMAND, Resume.UNSAVED) or name in own:
+            continue
+        value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        if name not in given:
+            setattr(flags, name, value)
+        elif what.resume is not Resume.FREE and name not in free and getattr(flags, name) != value:
+            changed.append(f"--{name} {getattr(flags, name)} (the checkpoint has {value})")
+    if changed:
+        raise UserError(f"--resume: cannot change {', '.join(changed)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,3 +45,9 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     np.random.set_state((saved["kind"], keys, saved["position"], saved["has_gauss"], saved["cached"]))
     python = state["python"]
     random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
+
+
+def normal_noise(shape: Sequence[int], *key: int) -> torch.Tensor:
+    """Standard normal noise on the CPU, a pure function of the key's numbers: whoever resumes draws the same."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return torch.randn(tuple(shape), generator=generator)

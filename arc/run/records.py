@@ -1,4 +1,4 @@
-"""What a run says of itself: the rows and lines of batches, epochs and validations, and the red flags.
+"""What a run says of itself: the rows and lines of batches and epochs, and the red flags.
 
 Nothing here decides anything for the training but to stop under --strict.
 """
@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from arc.run.budget import Budget
 from arc.run.runlog import RunLog
 
 RULE = "=" * 70
@@ -64,6 +68,29 @@ class TrainState:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# what a step leaves
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a batch leaves for the records: measured () tensors, still on the device, and counts."""
+
+    measured: dict[str, Tensor]
+    counted: dict[str, int]
+
+
+def read_steps(steps: Sequence[Step], norms: Mapping[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Everything that an update measured as plain numbers, in one read: the only wait for the device. Returns a row for
+    each step, and the norms."""
+    device = next(iter(steps[0].measured.values())).device
+    values = [value for step in steps for value in step.measured.values()] + list(norms.values())
+    numbers = iter(torch.stack([value.detach().float().to(device) for value in values]).tolist())
+    rows = [{**{name: next(numbers) for name in step.measured}, **step.counted} for step in steps]
+    return rows, dict(zip(norms, numbers, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # red flags
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -72,12 +99,25 @@ class RedFlag(RuntimeError):
     """A red flag under --strict: the run saves and stops with exit code 3."""
 
 
-class Alarms:
-    """The seed's red flags, checked by the program: each kind is named once, and under --strict stops the run."""
+class Records:
+    """What is written down of batches whose optimizer step is done: state, speed, metrics, log lines, and the seed's
+    red flags, each kind of which is named once, and under --strict stops the run."""
 
-    def __init__(self, log: RunLog, *, strict: bool) -> None:
-        self.log, self.strict = log, strict
+    def __init__(self, log: RunLog, state: TrainState, budget: Budget, *, strict: bool, log_every: int) -> None:
+        self.log, self.state, self.budget, self.strict, self.log_every = log, state, budget, strict, log_every
         self.raised: set[str] = set()
+
+    def add(self, rows: Sequence[dict[str, Any]], took: float) -> None:
+        """Take in the rows of the batches of an optimizer step. took: seconds a batch."""
+        for row in rows:
+            self.state.count(row)
+            self.budget.measure(took / max(1, row["cells_processed"]))
+            row |= {"batch": self.state.batch, "samples_per_s": round(row["queries"] / took, 2)}
+            self.log.metrics({"step": self.state.step, "epoch": self.state.epoch, **row})
+            if row["batch"] % self.log_every == 0:
+                self.log(batch_line(row))
+        for row in rows:
+            self.check_batch(row)
 
     def sound(self, name: str, message: str) -> None:
         """Warn once for each kind of flag; under --strict stop the run (it is saved first)."""
@@ -99,10 +139,10 @@ class Alarms:
         if row["prompt_spread"] < 1e-3:
             self.sound("prompt", "all tasks get the same prompt, it has collapsed (FIX #6, prompt consistency)")
 
-    def check_epoch(self, state: TrainState) -> None:
+    def check_epoch(self) -> None:
         """At the end of an epoch's batches."""
-        mean = state.means()
-        reward, count = mean.get("reward", 0.0), max(1.0, state.sums.get("batches", 0.0))
+        mean = self.state.means()
+        reward, count = mean.get("reward", 0.0), max(1.0, self.state.sums.get("batches", 0.0))
         spread = math.sqrt(max(0.0, mean.get("reward_square", 0.0) - reward**2) / count)
         if reward + 2 * spread < 0:  # below 0 by more than chance
             self.sound(
