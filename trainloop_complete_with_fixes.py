@@ -10,7 +10,6 @@ queries, L tokens, K prompt vectors of width D.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -32,45 +31,36 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from arc import efe as free_energy
-from arc.agent import AgentOutput, GridAgent, voted_grid
+from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
 from arc.batches import (
     Episode,
     EpisodeData,
     PredictionBatch,
-    PredictionData,
     QueryBatch,
     TrainBatch,
     context_pairs,
     epoch_batches,
     reverse_queries,
 )
-from arc.datasets import load_dataset
-from arc.device import Precision, device_name, resolve_device, resolve_precision
+from arc.device import Precision, describe_device, resolve_device, resolve_precision
 from arc.efe import EfeWeights, Pass, Weights
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
-from arc.loading import (
-    EpochSampler,
-    Unprepared,
-    WorkerLost,
-    batches_of,
-    end_workers,
-    make_loader,
-    worker_count,
-)
-from arc.lora import Adapter, Base, problem_with_peft
+from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
+from arc.lora import Adapter, problem_with_peft, saved_base
 from arc.memory import MemoryBank
-from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit
+from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit, window_size
 from arc.predict import PairPrediction, Predictor, prediction_cost, views_reached
 from arc.qwen import QwenPrompt, Tune, build_qwen, prompt_spread
 from arc.qwen_source import quiet_downloads
 from arc.report import keep_predictions, open_events, try_report
-from arc.run.budget import Budget
+from arc.run.budget import Budget, part_of
 from arc.run.files import UserError, cannot_write, cannot_write_file, default_cache, replace_file
 from arc.run.flags import (
     Arguments,
+    NumbersOf,
     Resume,
     adopt_flags,
     declared,
@@ -88,15 +78,7 @@ from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summ
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
-from arc.splits import (
-    LABELS,
-    Split,
-    all_tasks,
-    input_digests,
-    split_tasks,
-    splits_by_content,
-    training_fingerprint,
-)
+from arc.splits import DEV_SPLITS, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
 from arc.tasks import DataSet, Task
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
 from policy_refined import (
@@ -113,9 +95,7 @@ from policy_refined import (
     sampled_objective,
 )
 
-# ====================================================================================================================
-# Flags
-# ====================================================================================================================
+# == Flags ===========================================================================================================
 
 ABLATION = {
     1: "Qwen frozen",
@@ -126,33 +106,12 @@ ABLATION = {
     6: "consistency with the old sign",
     7: "no mixed precision, no loss scaling, no clipping",
 }
-DEV_SPLITS = ("dev_unseen", "dev_seen")
 # What --old stands for: every fix turned back, and the seed's learning rates.
 OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 DEFAULT_THREADS = torch.get_num_threads()
 CHECKPOINT_FORMAT = 3  # raise it when checkpoints of before can no longer be continued
 
 
-def ablation_list(text: str) -> tuple[int, ...]:
-    """'1,3' -> (1, 3)."""
-    try:
-        chosen = sorted({int(part) for part in text.split(",") if part.strip()})
-    except ValueError:
-        chosen = [0]
-    if not all(number in ABLATION for number in chosen):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of fixes 1 to 7")
-    return tuple(chosen)
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """'seed,unseen' -> ('seed', 'unseen')."""
-    splits = [part.strip() for part in text.split(",") if part.strip()]
-    if not splits or not set(splits) <= {"seed", "unseen", "adapted", *DEV_SPLITS} or len(set(splits)) < len(splits):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted")
-    return tuple(splits)
-
-
-# The groups of --help.
 RUN, DATA, AGENT, RECORDS, SAVING = "run", "data", "agent", "validation and records", "checkpoints"
 FIXES, FIX_1, FIX_26 = "the seven fixes", "fix 1: Qwen trains", "fixes 2 and 6: the loss is the goal, and its signs"
 FIX_3, FIX_4, FIX_5 = "fix 3: hard cells", "fix 4: size warm-up", "fix 5: memory"
@@ -226,7 +185,8 @@ class Flags:
     backup_dir: str | None = flag(SAVING, None, "mirror checkpoints there (a mounted Drive)", resume=COMMAND)
     backup_quota_gb: float = flag(SAVING, 15.0, "at most this much there", real(0, above=True), COMMAND)
 
-    ablate: tuple[int, ...] = flag(FIXES, (), "fixes turned back to the old behaviour: 1,3,...", ablation_list)
+    ablate: tuple[int, ...] = flag(FIXES, (), "fixes turned back to the old behaviour: 1,3,...",
+                                   NumbersOf(ABLATION, "fixes 1 to 7"))
     old: bool = flag(FIXES, False, "the old settings: --ablate 1,2,3,4,5,6,7 --agent_lr 1e-5 --qwen_lr 5e-5")
     no_evidence: bool = flag(FIXES, False, "control: no table, record or size rule; canvases of the input's size")
 
@@ -368,7 +328,7 @@ def problems_of_all(args: Flags) -> list[str]:
 def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
     """On resume: what is not given is the checkpoint's; UserError where it is, and changes the maths."""
     free = {name for name, what in declared(Flags).items() if what.resume is MODEL} if args.eval_only else set()
-    if saved_base(checkpoint):  # the base of an adapter is compared by content: its folder may have moved
+    if saved_base(checkpoint.state["extra"]):  # an adapter's base is compared by content: its folder may have moved
         free |= {"qwen"}
     taken = given - {"qwen"} if args.qwen == "auto" else given
     own = {"val_limit"} if args.eval_only else set()
@@ -395,9 +355,7 @@ def print_config(args: Flags, given: set[str]) -> int:
     return 0
 
 
-# ====================================================================================================================
-# The seven fixes, each beside the OLD twin that --ablate puts in its place (1: Qwen is built frozen)
-# ====================================================================================================================
+# == The seven fixes, each beside the OLD twin that --ablate puts in its place (1: Qwen is built frozen) =============
 
 
 class GradientMonitor:
@@ -586,9 +544,7 @@ class Fixes:
         )
 
 
-# ====================================================================================================================
-# Building a run
-# ====================================================================================================================
+# == Building a run ==================================================================================================
 
 # Deliberately not saved, because they are functions of what is: the curriculum (of the epoch), the order and
 # augmentation of episodes and the policy's noise (of seed, epoch and batch), learning rates (of the step), the
@@ -644,39 +600,19 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
     device = resolve_device(args.device)
     precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)  # FIX 7
     torch.set_num_threads(args.threads or DEFAULT_THREADS)  # an earlier run in this notebook may have changed it
-    data = load_dataset(args.data)
-    for note in data.notes:
-        log(note)
-    trained_on = checkpoint.state["extra"]["data"] if checkpoint else None
-    if args.eval_only and trained_on and (args.submission or trained_on["data"] != data.fingerprint):
-        training: tuple[Task, ...] = ()
-        splits = splits_by_content(all_tasks(data), trained_on["inputs"])
-    else:
-        training, splits = split_tasks(args, data, log)
-    splits = tuple(split.first(args.val_limit) for split in splits)
+    chosen = choose_tasks(args, checkpoint.state["extra"]["data"] if checkpoint else None, log)
+    predicted = [task for split in chosen.splits for task in split.tasks]
     seed_everything(args.seed)
-    qwen = build_prompt_reader(
-        args, device, [*training, *(task for split in splits for task in split.tasks)], checkpoint, log
-    )
-    agent = GridAgent(
-        NUM_TABLES,
-        NUM_RULES,
-        args.prompt_len,
-        args.prompt_dim,
-        width=args.agent_width,
-        heads=args.agent_heads,
-        blocks=args.agent_blocks,
-        passes=args.agent_passes,
-    ).to(device)
+    qwen = build_prompt_reader(args, device, [*chosen.training, *predicted], checkpoint, log)
+    shape = {name: getattr(args, f"agent_{name}") for name in ("width", "heads", "blocks", "passes")}
+    agent = GridAgent(NUM_TABLES, NUM_RULES, args.prompt_len, args.prompt_dim, **shape).to(device)
     policy = PromptPolicy(args.prompt_len, args.prompt_dim).to(device)
     memory = MemoryBank(args.memory_size, qwen.embedding_dim, args.prompt_len, args.prompt_dim).to(device)
     optimizer, average = build_optimizer(args, qwen, agent, policy, memory)
     store = NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence")
-    predicted = [task for split in splits for task in split.tasks] + (all_tasks(data) if args.submission else [])
-    budget, state = (
-        Budget(args.time_budget, started, functools.partial(prediction_cost, args, predicted, store)),
-        TrainState(),
-    )
+    predicted += all_tasks(chosen.data) if args.submission else []
+    state = TrainState()
+    budget = Budget(args.time_budget, started, functools.partial(prediction_cost, args, predicted, store))
     return Run(
         args=args,
         log=log,
@@ -685,14 +621,7 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
         budget=budget,
         device=device,
         precision=precision,
-        data=data,
-        training=training,
-        splits=splits,
-        trained_on={
-            "data": data.fingerprint,
-            "training": training_fingerprint(training),
-            "inputs": input_digests(training),
-        },
+        **chosen._asdict(),
         store=store,
         fixes=Fixes.of(args),
         qwen=qwen,
@@ -713,7 +642,7 @@ def build_prompt_reader(
 ) -> QwenPrompt:
     """Qwen as --qwen names it (FIX 1: trainable, unless ablated). Sets args.qwen and args.qwen_lr to what they turn out
     to be. UserError if the largest context of `tasks` does not fit."""
-    base = saved_base(checkpoint)
+    base = saved_base(checkpoint.state["extra"] if checkpoint else None)
     # What auto means, or the newest revision is, may have changed since the adapter's base was chosen.
     spec, revision = (base.name, base.revision) if base and args.qwen in ("auto", base.name) else (args.qwen, "")
     qwen = build_qwen(
@@ -758,9 +687,7 @@ def build_optimizer(
     return optimizer, WeightAverage(averaged, args.ema) if args.ema > 0 else None
 
 
-# ====================================================================================================================
-# One training step
-# ====================================================================================================================
+# == One training step ===============================================================================================
 
 
 def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
@@ -783,7 +710,8 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
         terms = free_energy.terms(passes, asked, agent(asked, refined, reverse=True))
         terms["prompt"] = fixes.consistency(torch.cat([prompt, refined.float()]), batch.task.repeat(2))  # FIX 6
         efe = free_energy.combine(terms, run.weights, fixes.curriculum.get_size_loss_weight(run.state.epoch))  # FIX 4
-        hard_before, hard_after = predictions(agent, query, (before, after), (prompt, refined))
+        found = there_and_back(agent, query, (before, after), (prompt, refined))
+        hard_before, hard_after = (Prediction(*grids) for grids in found)
     # FIX 6: every delta is after - before
     reward, deltas = compute_reward(hard_before, hard_after, query.target_grid, query.input_grid)
     reward_objective = reward_with_gradient(run, query, (before, after), prompt, feedback, hard_before, noise)
@@ -817,25 +745,6 @@ def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, 
     return prompt.float() + run.memory.read(embedding, batch.task), embedding
 
 
-@torch.no_grad()
-def predictions(
-    agent: GridAgent, query: QueryBatch, outputs: tuple[AgentOutput, AgentOutput], prompts: tuple[Tensor, Tensor]
-) -> tuple[Prediction, Prediction]:
-    """The hard predictions before and after refinement with the input predicted back from each.
-
-    Where both passes predict the same grid, the way back is not computed: what it would give is taken to be the same,
-    so d_rev is exactly 0 there.
-    """
-    grids = [output.predicted_grid(query) for output in outputs]
-    reversed_grids = [torch.full_like(grids[0], -1) for _ in grids]
-    changed = torch.nonzero((grids[0] != grids[1]).flatten(1).any(1)).flatten()
-    if len(changed):
-        for grid, back, under in zip(grids, reversed_grids, prompts, strict=True):
-            asked = reverse_queries(grid[changed], query, changed)
-            back[changed] = agent(asked, under, reverse=True).predicted_grid(asked, size=asked.out_size)
-    return Prediction(grids[0], reversed_grids[0]), Prediction(grids[1], reversed_grids[1])
-
-
 def reward_with_gradient(
     run: Run,
     query: QueryBatch,
@@ -859,7 +768,9 @@ def reward_with_gradient(
 def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]]:
     """The optimizer step for the batches that were added up; returns their rows, complete. `batches` an epoch."""
     state, fixes = run.state, run.fixes
-    rates = run.optimizer.set_rates(learning_rate_factor(state.updates + state.skipped_steps, progress(run, batches)))
+    # Of its batches, or of its time budget, if that is further.
+    over = max(state.step / max(1, run.args.epochs * batches), run.budget.share(state.step))
+    rates = run.optimizer.set_rates(learning_rate_factor(state.updates + state.skipped_steps, over))
     run.optimizer.unscale_(run.scaler)  # FIX 7: gradients in their own units again ...
     monitored = fixes.monitor.check_gradients(run.qwen, "Qwen")  # FIX 1: ... measured before clipping ...
     norms = fixes.guard.clip(run.optimizer)  # FIX 7: ... every group clipped
@@ -875,18 +786,15 @@ def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]
     return [{**row, **shared} for row in rows]
 
 
-# ====================================================================================================================
-# The training loop
-# ====================================================================================================================
+# == The training loop ===============================================================================================
 
 
 def train(run: Run) -> None:
     """Epochs from where the state stands to the end, each with its summary, validation and checkpoint."""
     args, state = run.args, run.state
     sampler = EpochSampler([], 0)
-    loader = make_loader(
-        training_data(run), sampler, workers=worker_count(args.workers), pin_memory=run.device.type == "cuda"
-    )
+    workers, on_gpu = worker_count(args.workers), run.device.type == "cuda"
+    loader = make_loader(training_data(run), sampler, workers=workers, pin_memory=on_gpu)
     if state.epoch >= args.epochs:
         run.log(f"Nothing to train: all {args.epochs} epochs are done; a larger --epochs goes on")
     while state.epoch < args.epochs:
@@ -992,29 +900,10 @@ def epoch_order(run: Run) -> list[tuple[Episode, ...]]:
     return batches[: args.max_batches or None]
 
 
-def window_size(grad_accum: int, first: int, count: int) -> int:
-    """Batches whose gradients one optimizer step sums up, from batch `first` of an epoch of `count` on: fewer at its
-    end."""
-    return min(grad_accum, count - first)
-
-
-def progress(run: Run, batches_per_epoch: int) -> float:
-    """Share of the run that is over, for the learning rate: of its batches, or of its time budget if that is
-    further."""
-    return max(run.state.step / max(1, run.args.epochs * batches_per_epoch), run.budget.share(run.state.step))
-
-
-# ====================================================================================================================
-# Validation
-# ====================================================================================================================
-
-
 def validate(run: Run) -> dict[str, SplitReport]:
     """Predict and score every chosen split. Under --time_budget in the time that is left (half of it, if all test
     inputs have to be predicted for --submission afterwards)."""
-    deadline = run.budget.deadline
-    if run.args.submission and math.isfinite(deadline):
-        deadline -= max(0.0, deadline - time.monotonic()) / 2
+    deadline = part_of(run.budget.deadline, 1, 2 if run.args.submission else 1)
     return score_splits(predict_splits(run, run.splits, deadline), LABELS, run.log)
 
 
@@ -1030,9 +919,7 @@ def predict_splits(
     predicted: dict[str, list[PairPrediction]] = {}
     with run.average.applied() if run.average else contextlib.nullcontext():
         for number, split in enumerate(splits):
-            left = sum(each.pairs for each in splits[number:])
-            share = split.pairs / max(1, left)
-            until = time.monotonic() + share * (deadline - time.monotonic()) if math.isfinite(deadline) else deadline
+            until = part_of(deadline, split.pairs, sum(each.pairs for each in splits[number:]))
             pairs = predicted[split.name] = predictor(run).split(split, until)
             if math.isfinite(deadline):
                 run.log(f"{split.name} split: {views_reached(pairs)} of {run.args.val_views} in the time that was left")
@@ -1048,42 +935,26 @@ def predict_splits(
 
 def predictor(run: Run) -> Predictor:
     """The run's modules as they predict: the policy takes the mean of its action, or up to --refine_steps."""
-    args = run.args
 
     def act(prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
         return run.policy.refine_prompt(prompt, context_feedback(run.agent, pairs, prompt)).prompt
 
-    def load(source: Dataset, keys: Sequence[Any], what: str) -> Iterable[Any]:
-        loader = make_loader(source, keys, workers=worker_count(args.workers), pin_memory=run.device.type == "cuda")
-        return run.log.bar(batches_of(loader), total=len(keys), desc=what, unit="batch")
-
     return Predictor(
+        args=run.args,
         agent=run.agent,
         read=lambda batch: read_prompt(run, batch)[0],
-        act=None if args.no_policy else act,
+        act=None if run.args.no_policy else act,
         score=lambda grid, target: (exact_match(grid, target), cell_accuracy(grid, target)),
-        data=lambda tasks, views: PredictionData(
-            tasks,
-            run.store,
-            run.qwen.encoder,
-            views=views,
-            feedback_pairs=args.feedback_pairs,
-            folds=args.refine_steps > 1,
-        ),
-        load=load,
+        encode=run.qwen.encoder,
         store=run.store,
-        device=run.device,
         precision=run.precision,
-        views=args.val_views,
-        steps=args.refine_steps,
-        max_cells=4 * args.max_cells,
+        device=run.device,
+        log=run.log,
         check=run.stop.check,
     )
 
 
-# ====================================================================================================================
-# Checkpoints
-# ====================================================================================================================
+# == Checkpoints =====================================================================================================
 
 
 def checkpoint_tree(run: Run) -> dict[str, Any]:
@@ -1141,7 +1012,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     same = all(extra["data"][key] == run.trained_on[key] for key in ("data", "training"))
     if not same and run.training:  # with nothing to train, the checkpoint's model may predict anything
         raise UserError("--resume: the checkpoint was made with other data; give the same --data")
-    if (saved := saved_base(checkpoint)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
+    if (saved := saved_base(extra)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
         raise UserError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():
         try:
@@ -1161,34 +1032,24 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     restore_rng(extra["rng"])
 
 
-def saved_base(checkpoint: Checkpoint | None) -> Base | None:
-    """The weights that the checkpoint's adapter belongs to, if it has one."""
-    recipe = checkpoint.state["extra"].get("lora", {}).get("qwen") if checkpoint else None
-    return Base(**recipe["base"]) if recipe else None
-
-
-# ====================================================================================================================
-# Main
-# ====================================================================================================================
+# == Main ============================================================================================================
 
 
 def describe(run: Run) -> None:
     """What runs: device, precision and why, models, data, checkpoint size."""
     args = run.args
-    episodes = sum(len(task.train) for task in run.training)
     tree, frozen = checkpoint_tree(run), run.qwen.frozen_state()
     growth = run.optimizer.bytes_to_come()
     size = (ModelPersistence.estimate_bytes(tree) + growth) / 2**20
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
-    trained = f"{len(run.training)} training tasks, {episodes} episodes x {args.views} views"
+    episodes = sum(len(task.train) for task in run.training)
+    trained = f", {len(run.training)} training tasks, {episodes} episodes x {args.views} views" if episodes else ""
     validated = ", ".join(f"{split.pairs} test pairs of {len(split.tasks)} {split.name} tasks" for split in run.splits)
     lines = [
         run.qwen.description,
-        f"Device: {device_name(run.device)} | AMP: {run.precision.name} ({run.precision.reason}), "
-        f"{torch.get_num_threads()} threads",
-        f"Agent: {sum(p.numel() for p in run.agent.parameters()):,} parameters, {args.agent_blocks} blocks x "
-        f"{args.agent_passes} passes, width {args.agent_width} | learning rates: {rates}",
-        f"Data: {run.data.name}" + (f", {trained}" if run.training else ""),
+        describe_device(run.device, run.precision),
+        f"{run.agent.description} | learning rates: {rates}",
+        f"Data: {run.data.name}{trained}",
         f"Validation: {validated} with {args.val_views} views each",
         f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all"
         if not args.eval_only
@@ -1288,11 +1149,10 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
         code = 128 + int(stop.args[0])
     except RedFlag:
         code = 3
-    except PersistenceError as problem:
+    except (PersistenceError, WorkerLost) as problem:
         run.log(f"error: {problem}", error=True)
-        return 1
-    except WorkerLost as problem:
-        run.log(f"error: {problem}", error=True)
+        if isinstance(problem, PersistenceError):  # nothing can be saved
+            return 1
         code = 1
     if not run.args.eval_only:  # else nothing was trained
         try:
@@ -1304,15 +1164,11 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     return code
 
 
-def write_config(run: Run) -> None:
-    """The resolved flags as config.json, for people and for --config; a resume reads the checkpoint's own copy."""
-    flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
-    replace_file(Path(run.args.output_dir or ".") / "config.json", json.dumps(flags, indent=2, allow_nan=False) + "\n")
-
-
 def train_and_submit(run: Run) -> int:
     """Train to the end; with --submission predict every task of the data. Returns the exit code."""
-    write_config(run)
+    # config.json, for people and for --config; a resume reads the checkpoint's own copy.
+    flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
+    replace_file(Path(run.args.output_dir or ".") / "config.json", json.dumps(flags, indent=2, allow_nan=False) + "\n")
     train(run)
     assert run.persistence is not None
     run.persistence.wait()  # what it saved last is on disk before the run is called done

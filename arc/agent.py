@@ -11,13 +11,14 @@ re-decides these.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc.batches import OUTSIDE, QueryBatch
+from arc.batches import OUTSIDE, QueryBatch, reverse_queries
 from arc.evidence import CLASS_WEIGHTS
 from arc.tasks import MAX_SIDE, NUM_COLOURS
 
@@ -89,6 +90,26 @@ class AgentOutput:
         place = torch.where(query.valid, row * MAX_SIDE + column, MAX_SIDE * MAX_SIDE)  # padding goes to a spare cell
         grid = colours.new_full((len(query), MAX_SIDE * MAX_SIDE + 1), -1).scatter(1, place, colours)
         return grid[:, :-1].reshape(-1, MAX_SIDE, MAX_SIDE)
+
+
+@torch.no_grad()
+def there_and_back(
+    agent: GridAgent, query: QueryBatch, outputs: Sequence[AgentOutput], prompts: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """For the passes before and after refinement, with the prompts they were made under: the predicted grids (B, 30,
+    30), and the inputs predicted back from them.
+
+    Where both passes predict the same grid, the way back is not computed: what it would give is taken to be the same,
+    so d_rev is exactly 0 there.
+    """
+    grids = [output.predicted_grid(query) for output in outputs]
+    reversed_grids = [torch.full_like(grids[0], -1) for _ in grids]
+    changed = torch.nonzero((grids[0] != grids[1]).flatten(1).any(1)).flatten()
+    if len(changed):
+        for grid, back, under in zip(grids, reversed_grids, prompts, strict=True):
+            asked = reverse_queries(grid[changed], query, changed)
+            back[changed] = agent(asked, under, reverse=True).predicted_grid(asked, size=asked.out_size)
+    return list(zip(grids, reversed_grids, strict=True))
 
 
 @torch.no_grad()
@@ -219,6 +240,12 @@ class GridAgent(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
+
+    @property
+    def description(self) -> str:
+        """One line of a run's opening."""
+        count, width = sum(p.numel() for p in self.parameters()), self.condition.in_features
+        return f"Agent: {count:,} parameters, {len(self.blocks)} blocks x {self.passes} passes, width {width}"
 
     def forward(self, query: QueryBatch, prompt: Tensor, *, reverse: bool = False) -> AgentOutput:
         """Predict outputs. prompt (P, K, D): query i is answered under prompt[query.owner[i]].

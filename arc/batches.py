@@ -85,23 +85,23 @@ def make_query(
 class TensorBundle:
     """A dataclass of tensors that moves as one (also what DataLoader's `pin_memory` looks for)."""
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
             if isinstance(value, TensorBundle):
-                return value._map(function)
+                return value.mapped(function)
             return [apply(part) for part in value] if isinstance(value, list) else value
 
         return type(self)(**{field.name: apply(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
     def to(self, device: torch.device) -> Self:
         """Copy on `device`; asynchronous from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """Copy in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.mapped(lambda tensor: tensor.pin_memory())
 
 
 @dataclass
@@ -138,7 +138,7 @@ class QueryBatch(TensorBundle):
 
     def rows(self, chosen: Tensor) -> QueryBatch:
         """The queries `chosen` (n,) of this batch, with the same padding."""
-        return self._map(lambda tensor: tensor[chosen])
+        return self.mapped(lambda tensor: tensor[chosen])
 
     def cell_counts(self) -> tuple[int, int]:
         """(real tokens, processed tokens): their ratio is 1 - padding."""

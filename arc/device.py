@@ -71,6 +71,13 @@ def resolve_precision(choice: str, device: torch.device) -> Precision:
     return Precision(None, False, f"not used on {device.type}")
 
 
+def describe_device(device: torch.device, precision: Precision) -> str:
+    """One line of a run's opening."""
+    return (
+        f"Device: {device_name(device)} | AMP: {precision.name} ({precision.reason}), {torch.get_num_threads()} threads"
+    )
+
+
 def cpu_has_native_bf16() -> bool:
     """Whether matrix products in bf16 are native here (AVX512-BF16 or AMX); emulated ones are slower than fp32."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)

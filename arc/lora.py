@@ -140,3 +140,9 @@ class Adapter:
         """What `model_persistence.py export` needs, besides the matrices, to write the merged model."""
         assert base is not None, "an adapter without a base"
         return {"base": dict(vars(base)), "scale": SCALE}
+
+
+def saved_base(extra: Mapping[str, Any] | None) -> Base | None:
+    """The weights that a checkpoint's adapter belongs to, if it has one. extra: the checkpoint's group of that name."""
+    recipe = extra.get("lora", {}).get("qwen") if extra else None
+    return Base(**recipe["base"]) if recipe else None

@@ -243,3 +243,9 @@ class WeightAverage:
         self.updates = int(state["updates"])
         for key, value in state["average"].items():
             self.average[key].copy_(value)
+
+
+def window_size(grad_accum: int, first: int, count: int) -> int:
+    """Batches whose gradients one optimizer step sums up, from batch `first` of an epoch of `count` on: fewer at its
+    end."""
+    return min(grad_accum, count - first)

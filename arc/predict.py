@@ -24,9 +24,11 @@ from arc.evaluate import (
     vote,
 )
 from arc.evidence import EvidenceStore
-from arc.loading import worker_count
+from arc.loading import batches_of, make_loader, worker_count
+from arc.qwen import ContextEncoder
 from arc.refine import Act, cross_fitted, held_out_loss
 from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
+from arc.run.runlog import RunLog
 from arc.splits import Split
 from arc.tasks import Grid, Task
 
@@ -197,6 +199,7 @@ class Effort(Protocol):
     refine_steps: int
     feedback_pairs: int
     no_policy: bool
+    max_cells: int
     workers: int
 
 
@@ -223,32 +226,40 @@ Prompts = dict[tuple[int, ...], tuple[Tensor, Tensor, list[bool]]]
 class Predictor:
     """Predicts the test pairs of splits with the parts of a run that it is handed."""
 
+    args: Effort
     agent: GridAgent
     read: Callable[[PredictionBatch], Tensor]  # the unrefined prompts (G, K, D) of a batch
     act: Act | None  # a step of the policy; None: no refinement
     score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # grids, targets -> exact, share of cells right: (B,) each
-    data: Callable[[Sequence[Task], Sequence[Augmentation]], PredictionData]  # of tasks under views
-    load: Callable[[Dataset, Sequence[Any], str], Iterable[Any]]  # batches of a data set by keys; what a bar says
+    encode: ContextEncoder
     store: EvidenceStore
-    device: torch.device
     precision: Precision
-    views: int
-    steps: int  # of refinement at most
-    max_cells: int  # in a batch
+    device: torch.device
+    log: RunLog
     check: Callable[[], None]  # called before each batch; raises to end it all
 
     def split(self, split: Split, deadline: float = math.inf) -> list[PairPrediction]:
         """Predict every test pair of the split's tasks. With a deadline *anytime*: the evidence's answer for every pair
         first, then the agent's views in rounds over all pairs until the time is up."""
-        tasks, data = split.tasks, self.data(split.tasks, evaluation_views(self.views))
-        order = prediction_order(tasks, views=self.views, max_cells=self.max_cells)
+        args, tasks, views = self.args, split.tasks, evaluation_views(self.args.val_views)
+        folds = args.refine_steps > 1
+        data = PredictionData(
+            tasks, self.store, self.encode, views=views, feedback_pairs=args.feedback_pairs, folds=folds
+        )
+        order = prediction_order(tasks, views=len(views), max_cells=4 * args.max_cells)
         predict = functools.partial(self.batch, torch.tensor(split.numbers), {})
         if not math.isfinite(deadline):
             return predict_tasks(tasks, self.load(data, order, f"predicting {split.name}"), predict, self.store)
         prepared = self.load(Prepared(tasks, self.store), order, f"evidence of {split.name}")
         known = answers_in_time(tasks, prepared, self.store, deadline)
-        rounds = self.load(data, rounds_of(order, self.views), f"predicting {split.name}")
+        rounds = self.load(data, rounds_of(order, len(views)), f"predicting {split.name}")
         return predict_tasks(tasks, until(rounds, deadline), predict, self.store, known)
+
+    def load(self, source: Dataset, keys: Sequence[Any], what: str) -> Iterable[Any]:
+        """The data set's batches by `keys`, prepared by workers, under a bar that says `what`."""
+        workers = worker_count(self.args.workers)
+        loader = make_loader(source, keys, workers=workers, pin_memory=self.device.type == "cuda")
+        return self.log.bar(batches_of(loader), total=len(keys), desc=what, unit="batch")
 
     @torch.no_grad()
     def batch(self, numbers: Tensor, known: Prompts, fetched: PredictionBatch) -> BatchPrediction:
@@ -280,7 +291,7 @@ class Predictor:
         if batch.folds is None:
             return self.act(prompt, batch.feedback)
         judge = functools.partial(held_out_loss, self.agent)
-        return cross_fitted(prompt, batch.feedback, batch.folds, self.act, judge, self.steps).prompt
+        return cross_fitted(prompt, batch.feedback, batch.folds, self.act, judge, self.args.refine_steps).prompt
 
     def beats_evidence(self, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
         """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the

@@ -5,11 +5,12 @@ Looks at demonstration pairs and test inputs, never at a test output.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from arc.tasks import DataSet, Task, drop_duplicates, same_content
 # The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
 NEW = -2
 
+DEV_SPLITS = ("dev_unseen", "dev_seen")
 LABELS = {
     "seed": "seed split (test pairs of the training tasks)",
     "unseen": "unseen split (tasks never trained on)",
@@ -53,6 +55,17 @@ class Split:
     def first(self, limit: int) -> Split:
         """The split with its first `limit` tasks only; 0: all."""
         return Split(self.name, self.tasks[: limit or None], self.numbers[: limit or None])
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """'seed,unseen' -> ('seed', 'unseen')."""
+    splits = [part.strip() for part in text.split(",") if part.strip()]
+    if not splits or not set(splits) <= {"seed", "unseen", "adapted", *DEV_SPLITS} or len(set(splits)) < len(splits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted")
+    return tuple(splits)
+
+
+# The groups of --help.
 
 
 def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, ...], tuple[int, ...]]:
@@ -202,6 +215,37 @@ class Choice(Protocol):
     dev_tasks: int
     seed: int
     val_splits: tuple[str, ...]
+    val_limit: int
+    eval_only: bool
+    submission: str | None
+
+
+class Chosen(NamedTuple):
+    """The tasks of a command. trained_on: what a checkpoint records of the data, to recognise them."""
+
+    data: DataSet
+    training: tuple[Task, ...]
+    splits: tuple[Split, ...]  # what is predicted and scored
+    trained_on: dict[str, Any]
+
+
+def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callable[[str], None]) -> Chosen:
+    """Load --data and choose from it. trained_on: what the checkpoint to be continued or evaluated recorded. An
+    evaluation on other data, or for a submission, is of every task of it."""
+    data = load_dataset(args.data)
+    for note in data.notes:
+        log(note)
+    if args.eval_only and trained_on and (args.submission or trained_on["data"] != data.fingerprint):
+        training: tuple[Task, ...] = ()
+        splits = splits_by_content(all_tasks(data), trained_on["inputs"])
+    else:
+        training, splits = split_tasks(args, data, log)
+    record = {
+        "data": data.fingerprint,
+        "training": training_fingerprint(training),
+        "inputs": input_digests(training),
+    }
+    return Chosen(data, training, tuple(split.first(args.val_limit) for split in splits), record)
 
 
 def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tuple[tuple[Task, ...], tuple[Split, ...]]:

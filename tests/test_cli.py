@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SCRIPT, command, everything_below
+from helpers import ROOT, SCRIPT, command, everything_below
 
 from trainloop_complete_with_fixes import build_parser, main, parse_arguments
 
@@ -181,6 +182,20 @@ def test_data_that_are_not_there(refused: Refused, workplace: Path) -> None:
     assert "no training tasks" in refused("--data", "evaluation")
     assert "empty" in refused("--val_splits", "unseen", "--unseen", "empty")
     assert "--unseen task.json" in refused("--val_splits", "seed,unseen", "--unseen", "task.json")
+
+
+def test_a_fault_inside_the_model_is_a_traceback(small_flags: list[str], tmp_path: Path) -> None:
+    """One line and exit code 2 are for what the user can mend; a ValueError that nobody foresaw is no such thing."""
+    code = (
+        "import sys, trainloop_complete_with_fixes as script\nfrom arc.agent import GridAgent\n"
+        "def forward(*inputs, **options):\n    raise ValueError('unforeseen')\n"
+        "GridAgent.forward = forward\nsys.exit(script.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *small_flags, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr and done.stderr.endswith("ValueError: unforeseen\n")
+    assert "in train_step" in done.stderr and "error: " not in done.stderr
 
 
 def test_models_that_are_not_there(refused: Refused, workplace: Path) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +238,7 @@ def test_a_better_record_never_weighs_less() -> None:
 
 
 # -------------------------------------------------------------------------------- what it can solve
-def learns(function, inputs: list[np.ndarray]) -> bool:
+def learns(function: Callable[[np.ndarray], np.ndarray], inputs: list[np.ndarray]) -> bool:
     """Whether the last input is answered rightly from the others as demonstrations."""
     pairs = [Pair(g, np.ascontiguousarray(function(g)).astype(np.uint8)) for g in inputs[:-1]]
     wanted = function(inputs[-1])
@@ -268,7 +268,7 @@ def dots(seed: int, side: int = 8) -> np.ndarray:
     ],
     ids=["recolour", "flip", "turn", "mirror", "double", "drop empty lines", "tile", "flip and recolour"],
 )
-def test_simple_tasks_are_solved(function) -> None:
+def test_simple_tasks_are_solved(function: Callable[[np.ndarray], np.ndarray]) -> None:
     assert learns(function, [dots(seed) for seed in range(4)])
 
 

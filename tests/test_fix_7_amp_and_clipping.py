@@ -12,7 +12,8 @@ import torch
 from conftest import SmallBuild, rows_of, train_batches, train_on
 from torch import Tensor, nn
 
-from trainloop_complete_with_fixes import Run, window_size
+from arc.optim import window_size
+from trainloop_complete_with_fixes import Run
 
 
 def weights_of(run: Run) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from conftest import SmallBuild
 
 from arc.augment import evaluation_views
-from arc.batches import PredictionData, QueryBatch
+from arc.batches import PredictionBatch, PredictionData, QueryBatch
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
-from arc.predict import PairPrediction, predict_tasks
+from arc.predict import BatchPrediction, PairPrediction, predict_tasks
 from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import predictor, read_prompt
 
@@ -140,7 +140,7 @@ def test_trust_reaches_the_pairs_of_its_task(small_build: SmallBuild) -> None:
     data = PredictionData(tasks, run.store, run.qwen.encoder, views=evaluation_views(1), feedback_pairs=2)
     numbers = torch.arange(3)
 
-    def predict(batch):
+    def predict(batch: PredictionBatch) -> BatchPrediction:
         predicted = predictor(run).batch(numbers, {}, batch)
         predicted.trusted = [position == 1 for position in batch.task.tolist()]
         return predicted

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,7 +352,7 @@ def browser() -> Iterator[object]:
 class Visit:
     """A page opened from disk, with every request and every message of its console."""
 
-    def __init__(self, browser, path: Path, *, dark: bool = False, size: tuple[int, int] = (1280, 900)) -> None:
+    def __init__(self, browser: Any, path: Path, *, dark: bool = False, size: tuple[int, int] = (1280, 900)) -> None:
         self.context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light"
         )
@@ -365,7 +366,7 @@ class Visit:
         self.page.goto(path.as_uri())
         assert self.requests == [path.as_uri()] and self.messages == []
 
-    def refuse(self, dialog) -> None:
+    def refuse(self, dialog: Any) -> None:
         self.messages.append(f"dialog {dialog.message}")
         dialog.dismiss()
 

@@ -180,4 +180,4 @@ class _Blobs:
 
 def _stamp(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     """Identity of a set of tensors: memory, version counter, type and shape of each."""
-    return tuple((name, t.data_ptr(), t._version, t.dtype, t.shape) for name, t in tensors.items())
+    return tuple((name, t.data_ptr(), t._version, t.dtype, t.shape) for name, t in tensors.items())  # noqa: SLF001 (no other way)

@@ -164,7 +164,7 @@ def check_spec(spec: Any) -> FileSpec:
 
 
 def _check_metric(node: Any) -> float:
-    value = Decoder({}, {})._value("metrics", node, MAX_DEPTH)
+    value = Decoder({}, {}).value("metrics", node, MAX_DEPTH)
     if type(value) is not float:
         raise Corrupt(f"{MANIFEST}: a metric is not a number")
     return value

@@ -310,7 +310,7 @@ class ModelPersistence:
         if os.getpid() != self._owner:
             raise PersistenceError(f"{self.output_dir}: saving from a forked process")
 
-    def _forked(self) -> None:
+    def forked(self) -> None:
         if self._lock is not None:
             self._lock.abandon()
         self._writer.forget()
@@ -322,7 +322,7 @@ class ModelPersistence:
 
 def _after_fork() -> None:
     for persistence in list(_OPEN):
-        persistence._forked()
+        persistence.forked()
 
 
 if hasattr(os, "register_at_fork"):

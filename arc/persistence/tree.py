@@ -163,19 +163,19 @@ class Decoder:
         self._used: set[str] = set()
 
     def decode(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        state = {group: self._value(group, node, 0) for group, node in tree.items()}
+        state = {group: self.value(group, node, 0) for group, node in tree.items()}
         unused = self._tensors.keys() - self._used
         if unused:
             raise Corrupt(f"tensor {min(unused)!r} belongs to nothing in the manifest")
         return state
 
-    def _value(self, group: str, node: Any, depth: int) -> Any:
+    def value(self, group: str, node: Any, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise Corrupt("manifest: nested too deeply")
         if node is None or type(node) in (bool, str, int, float):
             return node
         if type(node) is list:
-            return [self._value(group, item, depth + 1) for item in node]
+            return [self.value(group, item, depth + 1) for item in node]
         if len(node) != 1:
             raise Corrupt("manifest: a node has more than one tag")
         ((tag, body),) = node.items()
@@ -184,9 +184,9 @@ class Decoder:
         if tag == "f" and type(body) is str and body in ("nan", "inf", "-inf"):
             return float(body)
         if tag == "t" and type(body) is list:
-            return tuple(self._value(group, item, depth + 1) for item in body)
+            return tuple(self.value(group, item, depth + 1) for item in body)
         if tag == "d" and type(body) is dict:
-            return {key: self._value(group, item, depth + 1) for key, item in body.items()}
+            return {key: self.value(group, item, depth + 1) for key, item in body.items()}
         if tag == "m" and type(body) is list:
             return self._pairs(group, body, depth)
         raise Corrupt(f"manifest: unknown node {tag[:40]!r}")
@@ -196,7 +196,7 @@ class Decoder:
         for pair in body:
             if type(pair) is not list or len(pair) != 2 or type(pair[0]) not in (int, str) or pair[0] in out:
                 raise Corrupt("manifest: a mapping with broken or repeated keys")
-            out[pair[0]] = self._value(group, pair[1], depth + 1)
+            out[pair[0]] = self.value(group, pair[1], depth + 1)
         return out
 
     def _leaf(self, tag: str, name: str) -> Any:

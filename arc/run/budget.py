@@ -18,6 +18,12 @@ EVIDENCE_SECONDS = 0.09  # to prepare one task on one core
 LEAVING = 0.02  # share of the budget that writing checkpoint, predictions and report takes, about
 
 
+def part_of(deadline: float, part: float, whole: float) -> float:
+    """The moment at which part / whole of the time from now to `deadline` (time.monotonic; inf: no limit) is over."""
+    now = time.monotonic()
+    return now + part / max(1, whole) * max(0.0, deadline - now) if math.isfinite(deadline) else deadline
+
+
 @dataclass(frozen=True)
 class PredictionCost:
     """What a prediction has to do: cells, in passes under one view, and tasks whose evidence is still to be prepared,

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -79,6 +79,23 @@ class Number:
             what = "a whole" if self.kind is int else "a"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} number {bound}")
         return value
+
+
+@dataclass(frozen=True)
+class NumbersOf:
+    """An argparse type: whole numbers out of `allowed`, separated by commas, sorted and each once: '3,1' -> (1, 3)."""
+
+    allowed: Collection[int]
+    what: str  # for messages
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        try:
+            chosen = {int(part) for part in text.split(",") if part.strip()}
+        except ValueError:
+            chosen = {min(self.allowed) - 1}
+        if not chosen <= set(self.allowed):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of {self.what}")
+        return tuple(sorted(chosen))
 
 
 whole = functools.partial(Number, int)
