@@ -272,7 +272,7 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     kept: tuple[Task, ...] = data.training
     evaluation: tuple[Task, ...] = ()
     if name in args.val_splits or args.adapt:
-        evaluation = load_dataset(args.unseen).evaluation if data.training else data.evaluation
+        evaluation = load_dataset(args.unseen, as_evaluation=True).evaluation if data.training else data.evaluation
         if not evaluation:
             raise UserError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
         kept, dropped = drop_duplicates(data.training, evaluation)

@@ -134,7 +134,8 @@ def test_learning(data_dir: Path, cache_dir: Path, tmp_path: Path, capsys: pytes
     for name, row in rows.items():
         assert mean(row["batches"]) >= 1 and mean(row["seconds taken"]) > 0
         assert mean(row["learned"]) == pytest.approx(mean(row["pass@1"]) - mean(row["vote alone"]), abs=0.11)
-        assert re.fullmatch(r"[+-]0\.\d{4} ± 0\.\d{4}", row["accuracy delta"])
+        # Nothing to tell where not even one view of a pair was reached.
+        assert re.fullmatch(r"[+-]0\.\d{4} ± 0\.\d{4}|\+nan ± nan", row["accuracy delta"])
         assert "policy off" not in name or (row["pass@1"], mean(row["mean reward"])) == (row["before (pass@1)"], 0)
     assert learning.REFERENCE in out and re.search(r"Here, 2 s, two guesses: \d\.0 of 4\.", out)
     assert re.search(

@@ -181,7 +181,9 @@ def test_data_that_are_not_there(refused: Refused, workplace: Path) -> None:
         assert spec in refused("--data", spec)
     assert "no training tasks" in refused("--data", "evaluation")
     assert "empty" in refused("--val_splits", "unseen", "--unseen", "empty")
-    assert "--unseen task.json" in refused("--val_splits", "seed,unseen", "--unseen", "task.json")
+    (workplace / "other" / "training").mkdir(parents=True)
+    (workplace / "other" / "training" / "task.json").write_text(json.dumps(TASK))
+    assert "--unseen other" in refused("--val_splits", "seed,unseen", "--unseen", "other")
 
 
 def test_a_fault_inside_the_model_is_a_traceback(small_flags: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from helpers import FAST, ROOT
 
 import arc.report
 import model_persistence
-from trainloop_complete_with_fixes import main, parse_arguments
+from trainloop_complete_with_fixes import build_parser, main, parse_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPT = "trainloop_complete_with_fixes.py"
@@ -118,8 +118,9 @@ def test_packages(arguments: list[str]) -> None:
 
 def test_every_flag_in_the_text_exists() -> None:
     """Of the script or of a benchmark; a link's target is a heading, a file or an address."""
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("arc/*.py"), *ROOT.glob("benchmarks/*.py")]
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("arc/**/*.py"), *ROOT.glob("benchmarks/*.py")]
     known = set(re.findall(r"--[a-z_]+", "".join(path.read_text(encoding="utf-8") for path in sources)))
+    known |= {option for action in build_parser().actions.values() for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z_]+\b", README)) <= known
     for target in re.findall(r"\]\(([^)\s]+)\)", README):
         if not target.startswith("https://"):

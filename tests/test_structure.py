@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -132,6 +133,36 @@ def test_only_the_public_face_imports_persistence() -> None:
 @pytest.mark.parametrize("file", RUN)
 def test_run_imports_no_model_data_or_report_code(file: str) -> None:
     assert {name for name in arc_imports(file) if not name.startswith("arc.run")} == set()
+
+
+EVIDENCE = [file for file in PRODUCT if file.startswith("arc/evidence/")]
+
+
+def test_nobody_outside_names_a_module_inside_the_evidence() -> None:
+    for file in PRODUCT:
+        if file not in EVIDENCE:
+            inside = {whole for whole in imports(parse(file)).values() if whole.count(".") > 2}
+            assert not any(whole.startswith("arc.evidence.") for whole in inside), file
+    assert len(EVIDENCE) > 12
+
+
+@pytest.mark.parametrize("file", EVIDENCE)
+def test_evidence_sees_only_tasks_augmentation_and_files(file: str) -> None:
+    modules = {module_named(whole) for whole in imports(parse(file)).values() if whole.startswith("arc.")}
+    assert {name for name in modules if name and not name.startswith("evidence/")} <= {"tasks", "augment", "run/files"}
+
+
+def test_files_and_functions_fit() -> None:
+    """No file above 700 lines (the script 1,200), no function above 60, the step 45 from the prompt to the memory."""
+    for file in PRODUCT:
+        tree, lines = parse(file), (ROOT / file).read_text(encoding="utf-8").count("\n")
+        assert lines <= (1200 if file == "trainloop_complete_with_fixes.py" else 700), f"{file}: {lines} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
+    script = (ROOT / "trainloop_complete_with_fixes.py").read_text(encoding="utf-8")
+    step = script[script.index("prompt, key = read_prompt(run, batch)") : script.index("run.memory.offer_batch(")]
+    assert step.count("\n") < 45 and {f"FIX {n}" for n in range(1, 7)} <= {*re.findall(r"FIX \d", script)}
 
 
 def test_only_tests_import_the_script() -> None:

@@ -81,7 +81,7 @@ class Number:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NumbersOf:
     """An argparse type: whole numbers out of `allowed`, separated by commas, sorted and each once: '3,1' -> (1, 3)."""
 
