@@ -71,6 +71,15 @@ def resolve_precision(choice: str, device: torch.device) -> Precision:
     return Precision(None, False, f"not used on {device.type}")
 
 
+def matrix_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which `device` multiplies matrices fastest without losing fp32's range: bf16 where it is native."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and cpu_has_native_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
 def describe_device(device: torch.device, precision: Precision) -> str:
     """One line of a run's opening."""
     return (

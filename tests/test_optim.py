@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor
+from arc.optim import JointOptimizer, Muon, WeightAverage, learning_rate_factor
 from trainloop_complete_with_fixes import TrainState, checkpoint_tree, restore_rng, rng_state
 
 RATES = {"agent": 0.1, "qwen": 0.01}
@@ -323,3 +323,24 @@ def test_everything_that_training_moves_is_in_a_checkpoint(small_build: SmallBui
         state |= {f"{name} {number}": tensor for number, tensor in enumerate(moments)}
     assert [name for name, tensor in state.items() if tensor.data_ptr() not in saved] == []
     assert "qwen.query" in state and "memory.values" in state and "adamw 0" in state
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_muon_is_torchs_in_the_dtype_of_the_machine(shape: tuple[int, int]) -> None:
+    """The same update as torch's, in fp32 as near as bf16 gets, several matrices at once as well as one by one."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for _ in range(3)] for _ in range(2))
+    optimizers = Muon(ours, torch.float32), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, torchs in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(shape, generator=generator)
+            torchs.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, torchs in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, torchs, atol=2e-5) and not torch.equal(mine, torch.ones(shape))
+    assert all(mine.equal(torchs) for mine, torchs in zip(momenta(optimizers[0]), momenta(optimizers[1]), strict=True))
+
+
+def momenta(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [state["momentum_buffer"] for state in optimizer.state.values()]

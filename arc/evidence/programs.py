@@ -94,10 +94,13 @@ class ProgramSearch:
         for name, scenes in self.cuts.items():
             by_shape.setdefault(tuple(None if s is None else s.grid.shape for s in scenes[: self.n]), []).append(name)
         order = {name: k for k, name in enumerate(self.cuts)}
+        possible: dict[Callable[[Shape, Shape], bool], list[str]] = {}  # most changes share one of few rules of shapes
         for change in ("", *CHANGES):
             may = CHANGES[change].may if change else operator.eq
-            possible = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
-            for cut in sorted(possible, key=order.__getitem__):
+            if may not in possible:
+                fits = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
+                possible[may] = sorted(fits, key=order.__getitem__)
+            for cut in possible[may]:
                 if change and not CHANGES[change].on_parts and cut != "all":
                     continue
                 maps = self._fits(cut, change)
