@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Threads that wait must not spin for long: where cores are few, torch's threads share them with the data workers and
-# with whatever else the machine does. libgomp reads this when torch is loaded.
+# Threads that wait must not spin for long: where cores are few, torch's threads share them with the data workers.
+# libgomp reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -67,11 +67,12 @@ from arc.run.flags import (
     flag,
     ipython_shell,
     own_arguments,
+    path,
     real,
     saved_flags,
     whole,
 )
-from arc.run.folder import open_run_folder
+from arc.run.folder import open_run_folder, usable
 from arc.run.interrupt import Interrupted, StopSignal
 from arc.run.randomness import normal_noise, restore_rng, rng_state, seed_everything
 from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summary_lines
@@ -117,7 +118,6 @@ FIXES, FIX_1, FIX_26 = "the seven fixes", "fix 1: Qwen trains", "fixes 2 and 6: 
 FIX_3, FIX_4, FIX_5 = "fix 3: hard cells", "fix 4: size warm-up", "fix 5: memory"
 FIX_7 = "fix 7: mixed precision and clipping"
 FREE, COMMAND, MODEL, UNSAVED = Resume.FREE, Resume.COMMAND, Resume.MODEL, Resume.UNSAVED
-OBJECTIVES = ("expected", "rloo")
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Flags:
 
     # fmt: off
     config: str | None = flag(RUN, None, "flags as a JSON object, a run's config.json too; the command line wins",
-                              resume=UNSAVED, metavar="FILE")
+                              path, UNSAVED, metavar="FILE")
     print_config: bool = flag(RUN, False, "print the resolved flags as JSON and leave; nothing is written",
                               resume=UNSAVED)
     epochs: int = flag(RUN, 20, "passes over all episodes", whole(1), FREE)
@@ -136,16 +136,16 @@ class Flags:
                               real(0), COMMAND)
     device: str = flag(RUN, "auto", "where to compute", ("auto", "cpu", "cuda", "mps"), COMMAND)
     seed: int = flag(RUN, 0, "seed of everything random", whole(0, 2**31 - 1))
-    threads: int = flag(RUN, 0, "CPU threads for torch; 0: torch's own choice", whole(0), FREE)
+    threads: int = flag(RUN, 0, "CPU threads for torch; 0: torch's own choice", whole(0, 1024), FREE)
     workers: int = flag(RUN, -1, "processes that prepare batches; -1: by machine", whole(-1, 64), COMMAND)
     eval_only: bool = flag(RUN, False, "do not train: validate a checkpoint (with --resume) again, or score it on "
                            "every task of another --data", resume=COMMAND)
     submission: str | None = flag(RUN, None, "at the end write two attempts at every test input of --data there, in "
-                                  "the ARC Prize format", resume=COMMAND, metavar="FILE")
+                                  "the ARC Prize format", path, COMMAND, metavar="FILE")
     strict: bool = flag(RUN, False, "a red flag saves and stops the run with exit code 3", resume=COMMAND)
     quiet: bool = flag(RUN, False, "no log lines or bars on stdout; train.log has them all", resume=COMMAND)
 
-    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, a JSON file or a folder", resume=FREE)
+    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, a JSON file or a folder", path, FREE)
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
                        "of --data if it has no others), never on their test outputs")
     augment: str = flag(DATA, "full", "of each view", ("full", "dihedral", "colour", "none"))
@@ -153,9 +153,9 @@ class Flags:
     batch_size: int = flag(DATA, 32, "queries in a batch at most", whole(1))
     max_cells: int = flag(DATA, 6144, "padded grid cells in a batch at most (but at least one episode)", whole(1),
                           MODEL)
-    cache_dir: str = flag(DATA, default_cache(), "for the evidence and the built-in tiny Qwen", resume=COMMAND)
+    cache_dir: str = flag(DATA, default_cache(), "for the evidence and the built-in tiny Qwen", path, COMMAND)
 
-    agent_lr: float = flag(AGENT, 3e-4, "learning rate of the agent", real(0, above=True))
+    agent_lr: float = flag(AGENT, 3e-4, "learning rate of the agent", real(0, 100, above=True))
     agent_width: int = flag(AGENT, 128, "width of a token", whole(16, 4096))
     agent_heads: int = flag(AGENT, 2, "attention heads", whole(1, 64))
     agent_blocks: int = flag(AGENT, 2, "blocks with weights of their own", whole(1, 64))
@@ -167,7 +167,7 @@ class Flags:
     val_splits: tuple[str, ...] = flag(RECORDS, ("seed",), "comma-separated: seed (test pairs of the training tasks), "
                                        "unseen, adapted; with --adapt seed,adapted", split_list)
     unseen: str = flag(RECORDS, "arcagi1", "set whose evaluation tasks are the unseen or adapted split (as --data)",
-                       resume=FREE)
+                       path, FREE)
     dev: bool = flag(RECORDS, False, "train and validate on held-out demonstrations; no test pair is touched")
     dev_tasks: int = flag(RECORDS, 100, "tasks held out whole under --dev", whole(1))
     val_views: int = flag(RECORDS, 8, "augmented views that vote", whole(1, 64), FREE)
@@ -177,12 +177,12 @@ class Flags:
     no_tensorboard: bool = flag(RECORDS, False, "no event files, even if tensorboard is installed", resume=COMMAND)
 
     output_dir: str | None = flag(SAVING, None, "the run's folder (default: runs/arc_complete_YYYYMMDD_HHMMSS)",
-                                  resume=COMMAND)
+                                  path, COMMAND)
     resume: str | None = flag(SAVING, None, "continue a run: the newest under runs/, or --output_dir's",
-                              resume=COMMAND, nargs="?", const="latest", metavar="latest|best|PATH")
+                              path, COMMAND, nargs="?", const="latest", metavar="latest|best|PATH")
     save_every: int = flag(SAVING, 50, "batches between checkpoints", whole(1), FREE)
     keep: int = flag(SAVING, 5, "checkpoints kept, best ones aside", whole(1), FREE)
-    backup_dir: str | None = flag(SAVING, None, "mirror checkpoints there (a mounted Drive)", resume=COMMAND)
+    backup_dir: str | None = flag(SAVING, None, "mirror checkpoints there (a mounted Drive)", path, COMMAND)
     backup_quota_gb: float = flag(SAVING, 15.0, "at most this much there", real(0, above=True), COMMAND)
 
     ablate: tuple[int, ...] = flag(FIXES, (), "fixes turned back to the old behaviour: 1,3,...",
@@ -196,7 +196,7 @@ class Flags:
                           "install peft)", ("full", "lora", "frozen"))
     lora_rank: int = flag(FIX_1, 16, "rank of those matrices", whole(1, 1024))
     qwen_lr: float | None = flag(FIX_1, None, "learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a "
-                                 "pretrained one, 2e-4 for its lora", real(0, above=True))
+                                 "pretrained one, 2e-4 for its lora", real(0, 100, above=True))
     optim_qwen: str = flag(FIX_1, "adamw", "adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
                            ("adamw", "adamw8bit"), also=("--optim",))
     gradient_checkpointing: bool = flag(FIX_1, False, "less memory for Qwen, a third more time", resume=FREE)
@@ -204,9 +204,9 @@ class Flags:
     prompt_len: int = flag(FIX_1, 4, "K, vectors of a prompt", whole(1, 64))
     prompt_dim: int = flag(FIX_1, 128, "D, their width", whole(4, 4096))
 
-    policy_lr: float = flag(FIX_26, 1e-3, "learning rate of the policy", real(0, above=True))
+    policy_lr: float = flag(FIX_26, 1e-3, "learning rate of the policy", real(0, 100, above=True))
     policy_objective: str = flag(FIX_26, "expected", "expected reward by back-propagation, or score function with "
-                                 "leave-one-out advantages", OBJECTIVES)
+                                 "leave-one-out advantages", ("expected", "rloo"))
     policy_samples: int = flag(FIX_26, 4, "actions an episode under rloo", whole(2, 64))
     no_policy: bool = flag(FIX_26, False, "control: no refinement, the agent trained on one pass")
     refined_views: int = flag(FIX_26, 2, "views answered after refinement too", whole(1, 64))
@@ -225,7 +225,7 @@ class Flags:
 
     warmup_epochs: int = flag(FIX_4, 3, "epochs of the size curriculum", whole(1))
 
-    memory_size: int = flag(FIX_5, 1024, "entries of the memory bank", whole(1))
+    memory_size: int = flag(FIX_5, 1024, "entries of the memory bank", whole(1, 2**20))
     no_memory: bool = flag(FIX_5, False, "control: the bank is neither read nor written")
 
     amp: str = flag(FIX_7, "auto", "mixed precision", ("auto", "bf16", "fp16", "off"), MODEL)
@@ -332,7 +332,7 @@ def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
         free |= {"qwen"}
     taken = given - {"qwen"} if args.qwen == "auto" else given
     own = {"val_limit"} if args.eval_only else set()
-    adopt_flags(args, taken, checkpoint.state["extra"]["flags"], free=free, own=own)
+    adopt_flags(build_parser(), args, taken, checkpoint.state["extra"].get("flags"), free=free, own=own)
 
 
 def summary_title(args: Flags) -> str:
@@ -1028,7 +1028,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if run.average is not None:
         run.average.load_state_dict(tree["optim"]["average"])
     run.fixes.threshold.load_state_dict(extra["threshold"])
-    vars(run.state).update(extra["state"])
+    run.state.load(extra["state"])
+    run.log.rows = len(range(extra["rows"]))  # a number, whoever wrote it
     restore_rng(extra["rng"])
 
 
@@ -1080,47 +1081,52 @@ def run_main(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     args, given = parse_arguments(argv)
     log = RunLog(quiet=args.quiet)
-    persistence, checkpoint = None, None
     try:
         if args.print_config:
             return print_config(args, given)
-        folder, which = open_run_folder(args, find_newest_run)
-        if which is not None:
-            persistence = open_persistence(args, folder, log)
-            checkpoint = load_checkpoint(persistence, which)
-            take_flags(args, given, checkpoint)
-            if problems := problems_of_all(args):
-                raise UserError("; ".join(problems))
-        args.output_dir = str(folder)
-        with quiet_downloads() if args.quiet else contextlib.nullcontext():
-            run = build_run(args, log, started, checkpoint)
-        if checkpoint is not None:
-            restore(run, checkpoint)
-        if persistence is None:
-            persistence = open_persistence(args, folder, log)
+        run, checkpoint = prepare(args, given, log, started)
     except (UserError, PersistenceError) as problem:
         # For what the user can mend, with one line that says what and where. Anything else shows its traceback.
-        if persistence is not None:
-            persistence.close()
         log(f"error: {problem}", error=True)
         return 2
-    except BaseException:  # in a notebook the process lives on: it must not keep the run's lock
-        if persistence is not None:
-            persistence.close()
-        raise
-    run.persistence = persistence
+    assert run.persistence is not None
     children = multiprocessing.active_children()
     try:
-        with persistence, contextlib.closing(log):
+        with run.persistence, contextlib.closing(log):
             code = run_command(run, checkpoint)
     except PersistenceError as problem:  # the last background write failed
         log(f"error: {problem}", error=True)
         return 1
     finally:
         end_workers(children)
+    code = log.exit_code(code)
     if code in (0, 1, 3) and (args.report or not args.eval_only):  # not when interrupted
-        try_report(folder, log)
+        try_report(Path(args.output_dir or "."), log)
     return code
+
+
+def prepare(args: Flags, given: set[str], log: RunLog, started: float) -> tuple[Run, Checkpoint | None]:
+    """The run with its checkpoints open, and the checkpoint that it continues."""
+    folder, which = open_run_folder(args, find_newest_run)
+    persistence, checkpoint = None, None
+    with contextlib.ExitStack() as held:  # in a notebook the process lives on: it must not keep the run's lock
+        if which is not None:
+            persistence = open_persistence(args, folder, log)
+            held.callback(persistence.close)
+            checkpoint = load_checkpoint(persistence, which)
+            with usable(checkpoint.path.name):
+                take_flags(args, given, checkpoint)
+            if problems := problems_of_all(args):
+                raise UserError("; ".join(problems))
+        args.output_dir = str(folder)
+        with quiet_downloads() if args.quiet else contextlib.nullcontext():
+            run = build_run(args, log, started, checkpoint)
+        if checkpoint is not None:
+            with usable(checkpoint.path.name):
+                restore(run, checkpoint)
+        run.persistence = persistence or open_persistence(args, folder, log)
+        held.pop_all()
+    return run, checkpoint
 
 
 def open_persistence(args: Flags, folder: Path, log: RunLog) -> ModelPersistence:
@@ -1135,16 +1141,16 @@ def open_persistence(args: Flags, folder: Path, log: RunLog) -> ModelPersistence
 
 def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     """Train or evaluate, with the run's folder open; always saves what was trained. Returns the exit code."""
-    rows = 0 if checkpoint is None else int(checkpoint.state["extra"]["rows"])
     # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
-    events = None if run.args.no_tensorboard or run.args.eval_only else open_events
-    run.log.open(Path(run.args.output_dir or "."), rows=None if run.args.eval_only else rows, open_events=events)
+    evaluating = run.args.eval_only
+    events = None if run.args.no_tensorboard or evaluating else open_events
+    run.log.open(Path(run.args.output_dir or "."), rows=None if evaluating else run.log.rows, open_events=events)
     describe(run)
     if checkpoint is not None:
         run.log(f"Resumed from {checkpoint.path.name}: epoch {run.state.epoch}, batch {run.state.batch}")
     try:
         with run.stop.listening():
-            return evaluate(run) if run.args.eval_only else train_and_submit(run)
+            return evaluate(run) if evaluating else train_and_submit(run)
     except Interrupted as stop:
         code = 128 + int(stop.args[0])
     except RedFlag:
@@ -1154,7 +1160,7 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
         if isinstance(problem, PersistenceError):  # nothing can be saved
             return 1
         code = 1
-    if not run.args.eval_only:  # else nothing was trained
+    if not evaluating:  # else nothing was trained
         try:
             save_checkpoint(run, wait=True)
         except PersistenceError as problem:
@@ -1176,18 +1182,15 @@ def train_and_submit(run: Run) -> int:
     if not run.args.submission:
         return 0
     splits = splits_by_content(all_tasks(run.data), run.trained_on["inputs"])
-    return submit(
-        run.args.submission, predict_splits(run, splits, run.budget.deadline, show=False), all_tasks(run.data), run.log
-    )
+    predicted = predict_splits(run, splits, run.budget.deadline, show=False)
+    return submit(run.args.submission, predicted, all_tasks(run.data), run.log)
 
 
 def evaluate(run: Run) -> int:
     """--eval_only: predict and score what was asked for. Returns the exit code."""
-    predicted = predict_splits(run, run.splits, run.budget.deadline)
+    predicted, state = predict_splits(run, run.splits, run.budget.deadline), run.state
     reports = score_splits(predicted, LABELS, run.log)
-    log_validation(
-        run.log, run.state.trained_epoch, run.state.step, reports, LABELS, run.args.val_splits, run.memory_row()
-    )
+    log_validation(run.log, state.trained_epoch, state.step, reports, LABELS, run.args.val_splits, run.memory_row())
     return submit(run.args.submission, predicted, all_tasks(run.data), run.log) if run.args.submission else 0
 
 

@@ -58,11 +58,11 @@ def _inspect_folder(folder: Path, kind: str) -> CheckpointInfo:
 
 
 def find_newest_run(runs_dir: str | os.PathLike[str] = "runs") -> Path | None:
-    """The run folder under `runs_dir` with the most recent checkpoint, or None if no run has one."""
+    """The run folder under `runs_dir`, or linked there, with the most recent checkpoint; None if no run has one."""
     root = Path(runs_dir)
     found = []
     for run in sorted(root.iterdir()) if root.is_dir() else []:
-        if run.is_dir() and not run.is_symlink():
+        if run.is_dir():
             entries, broken = scan(run)
             if entries or broken:
                 found.append((max((entry.created for entry in entries), default=0.0), run.name, run))

@@ -36,6 +36,9 @@ CELL, GAP = 8, 8  # pixels: a cell with the line at its left and upper side; the
 LINE, GROUND = 10, 11  # places in the palette, after the ten colours
 
 
+LARGEST = 3.4e38  # of a float of 32 bits, as event files have them
+
+
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """A row of metrics.jsonl as {tag: value}. `efe.risk` becomes efe/risk, `loss` train/loss (val/... in the row of a
     validation); what is no number, and null, which stands for a number that was not finite, is left out."""
@@ -43,7 +46,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.replace(".", "/", 1) if "." in name else f"{plain}/{name}": float(value)
         for name, value in row.items()
-        if name != "step" and isinstance(value, (int, float))
+        if name != "step" and isinstance(value, (int, float)) and abs(value) <= LARGEST
     }
 
 
@@ -201,6 +204,9 @@ class EventLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         old = sorted(folder.glob("events.out.tfevents.*"))
+        for link in [file for file in old if file.is_symlink()]:  # emptying it would empty what it points to
+            link.unlink()
+            old.remove(link)
         earlier, now = read_earlier(old), time.time()
         # The start tells a TensorBoard that has read the old files to forget them.
         start = Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START))

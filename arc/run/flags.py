@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,11 @@ class NumbersOf:
         if not chosen <= set(self.allowed):
             raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of {self.what}")
         return tuple(sorted(chosen))
+
+
+def path(text: str) -> str:
+    """An argparse type: a path, or a name that stands for one; a leading ~ is the home folder."""
+    return os.path.expanduser(text)
 
 
 whole = functools.partial(Number, int)
@@ -296,14 +302,22 @@ def saved_flags(flags: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def adopt_flags(flags: Any, given: set[str], saved: Mapping[str, Any], *, free: set[str], own: set[str]) -> None:
+def adopt_flags(
+    parser: Arguments, flags: Any, given: set[str], saved: object, *, free: set[str], own: set[str]
+) -> None:
     """On resume: flags not given take the checkpoint's values; one given that changes the maths is refused by name
-    (UserError). free, own: flags that are `FREE` and `COMMAND` this time."""
+    (UserError). free, own: flags that are `FREE` and `COMMAND` this time. A checkpoint may come from elsewhere: each of
+    its values passes the check that a --config's does."""
+    if not isinstance(saved, dict):
+        raise UserError("--resume: the checkpoint's flags are not an object of flags")
     changed = []
     for name, what in sorted(declared(flags).items()):
         if name not in saved or what.resume in (Resume.COMMAND, Resume.UNSAVED) or name in own:
             continue
-        value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        try:
+            value = flag_value(parser, parser.actions[name], saved[name])
+        except ValueError as problem:
+            raise UserError(f"--resume: the checkpoint's --{name}: {problem}") from None
         if name not in given:
             setattr(flags, name, value)
         elif what.resume is not Resume.FREE and name not in free and getattr(flags, name) != value:

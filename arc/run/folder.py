@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from arc.run.files import UserError, cannot_look
+from arc.run.files import UserError, cannot_look, one_line
 
 
 class Place(Protocol):
@@ -17,6 +18,19 @@ class Place(Protocol):
     output_dir: str | None
     backup_dir: str | None
     eval_only: bool
+
+
+@contextlib.contextmanager
+def usable(checkpoint: str) -> Iterator[None]:
+    """While a checkpoint is taken over: its bytes are as they were written, but whoever wrote them may have written
+    anything, so what does not fit is the checkpoint's fault (UserError)."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        what = one_line(f"{type(problem).__name__}: {problem}")[:300]
+        raise UserError(f"--resume: {checkpoint} does not hold what a run of this version writes ({what})") from problem
 
 
 def open_run_folder(args: Place, find_newest_run: Callable[[str], Path | None]) -> tuple[Path, str | None]:

@@ -5,6 +5,7 @@ Nothing here decides anything for the training but to stop under --strict.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arc.run.budget import Budget
+from arc.run.files import UserError
 from arc.run.runlog import RunLog
 
 RULE = "=" * 70
@@ -41,6 +43,19 @@ class TrainState:
     def trained_epoch(self) -> int:
         """The epoch that was trained last; between two epochs the state is at the beginning of the next."""
         return max(0, self.epoch - (self.batch == 0 and not self.trained))
+
+    def load(self, saved: object) -> None:
+        """Take over what a checkpoint holds; UserError for what no run has written."""
+        fields = dataclasses.asdict(self)
+        if not isinstance(saved, dict) or saved.keys() != fields.keys():
+            raise UserError("--resume: the checkpoint's state is not that of a training of this version")
+        for name, value in saved.items():
+            kind = type(fields[name])
+            value = float(value) if kind is float and type(value) is int else value
+            sums = value.values() if isinstance(value, dict) else ()
+            if type(value) is not kind or (kind is int and value < 0) or not all(type(each) is float for each in sums):
+                raise UserError(f"--resume: the checkpoint's state {name} is {str(value)[:80]!r}")
+            setattr(self, name, value)
 
     def count(self, row: Mapping[str, Any]) -> None:
         """Take in the row of a batch whose optimizer step is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -44,26 +45,44 @@ class RunLog:
         self.folder: Path | None = None
         self.early: list[str] = []
         self.rows = 0  # rows in metrics.jsonl; goes into every checkpoint
+        self.waiting: dict[str, bytes] = {}  # what could not be written yet, by the file's name
 
     def open(self, folder: Path, *, rows: int | None, open_events: OpenEvents | None = None) -> None:
         """Start writing in `folder`. rows: how many rows metrics.jsonl had when the checkpoint was made (0: a new run);
         later ones are dropped, since what they record is run again. None: nothing is run again, all stay."""
         self.folder = folder
+        own = self._unlink_links()
         for line in self.early:
             self._append("train.log", line)
         self.early.clear()
+        for name in own:
+            self(f"{name} was a symbolic link to somewhere else; nothing is written there, it is a file of its own now")
         kept = self._keep_metrics(rows)
         if rows is not None:
             self.rows = len(kept)
             if len(kept) < rows:
                 self(f"metrics.jsonl has {len(kept)} rows, the checkpoint was made after {rows}: the others are lost")
         if open_events is not None:
-            self.events = open_events(folder, [json.loads(line) for line in kept], self)
+            rows_of_events = [row for line in kept if (row := _row(line)) is not None]
+            if len(rows_of_events) < len(kept):
+                self(f"metrics.jsonl: {len(kept) - len(rows_of_events)} damaged rows are left out of the event files")
+            self.events = open_events(folder, rows_of_events, self)
 
     def close(self) -> None:
-        """Close the event file; everything else is closed after each line."""
+        """Close the event file; everything else is closed after each line. What could not be written before is tried a
+        last time: see `exit_code`."""
         if self.events is not None:
             self.events.close()
+        for name in list(self.waiting):
+            self._write(name, b"")
+
+    def exit_code(self, code: int) -> int:
+        """After `close`: `code`; where something could never be written that is said, and 0 becomes 1."""
+        if not self.waiting:
+            return code
+        names = ", ".join(sorted(self.waiting))
+        write_line(f"error: {names} in {self.folder} could not be written to the end: the rest is lost", error=True)
+        return code or 1
 
     def bar(self, iterable: Any = None, **options: Any) -> Any:
         """A tqdm bar on stderr (see `arc.run.terminal.progress_bar`); none under --quiet."""
@@ -89,13 +108,28 @@ class RunLog:
             self.events.scalars(clean)
 
     def _append(self, name: str, line: str) -> None:
+        self._write(name, (line + "\n").encode("utf-8", "backslashreplace"))
+
+    def _write(self, name: str, lines: bytes) -> None:
+        """Append whole lines to a file, those that are waiting first. Where that is not possible (a full disk, a folder
+        that is gone) they wait, which is said once: a training must outlive its records."""
         assert self.folder is not None
-        # One write of one line on an O_APPEND descriptor: a kill leaves whole lines, at worst one torn at the very end.
-        descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        first, lines = name not in self.waiting, self.waiting.pop(name, b"") + lines
         try:
-            os.write(descriptor, (line + "\n").encode())
-        finally:
-            os.close(descriptor)
+            append(self.folder / name, lines)
+        except OSError as error:
+            self.waiting[name] = lines
+            if first:
+                problem = f"{name} cannot be written ({error.strerror or error}); its lines are kept until it can be"
+                write_line(f"Warning: {problem}", error=True)
+
+    def _unlink_links(self) -> list[str]:
+        """Remove symbolic links among the run's records: a folder from elsewhere could have them point anywhere."""
+        assert self.folder is not None
+        own = [name for name in ("train.log", "metrics.jsonl", "tensorboard") if (self.folder / name).is_symlink()]
+        for name in own:
+            (self.folder / name).unlink()
+        return own
 
     def _keep_metrics(self, rows: int | None) -> list[bytes]:
         """Keep the first `rows` rows (None: all), but no row that a kill has torn. Returns what is kept, a line each.
@@ -116,6 +150,31 @@ class RunLog:
         if b"".join(kept) != content:
             replace_file(path, b"".join(kept))
         return kept
+
+
+def append(path: Path, lines: bytes) -> None:
+    """Append `lines` to a file, following no symbolic link; all of them or, as far as the disk allows, none. OSError.
+
+    One write on an O_APPEND descriptor: a kill leaves whole lines, at worst one torn at the very end.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        before, written = os.fstat(descriptor).st_size, os.write(descriptor, lines)
+        if written < len(lines):  # the disk is full: half a line would be taken for a damaged one
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line of metrics.jsonl holds; None where it holds something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53
+    return row if whole else None
 
 
 def _whole_lines(content: bytes) -> list[bytes]:

@@ -29,15 +29,21 @@ def write_line(line: str, *, error: bool = False) -> bool:
     stream = sys.stderr if error else sys.stdout
     try:
         if is_live():
-            tqdm.write(line, file=stream)
+            tqdm.write(printable(line, stream), file=stream)
         else:
-            print(line, file=stream, flush=True)
+            print(printable(line, stream), file=stream, flush=True)
     except BlockingIOError:  # a full pipe that does not wait: this line only
         return True
     except OSError:
         drop(stream)
         return False
     return True
+
+
+def printable(text: str, stream: Any) -> str:
+    """The text with an escape in place of each character that the stream's encoding does not have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def drop(stream: Any) -> None:
@@ -59,7 +65,7 @@ class LineBar(std.tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         try:
-            self.fp.write(f"{self}\n")
+            self.fp.write(printable(f"{self}\n", self.fp))
         except OSError:
             drop(self.fp)
         return True

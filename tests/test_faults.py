@@ -1,0 +1,223 @@
+"""What goes wrong around a training: records that cannot be written or were damaged, links, odd names and streams."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SmallRun
+from helpers import SCRIPT, everything_below, metrics
+
+from arc.run import runlog
+from arc.run.runlog import RunLog
+from model_persistence import ModelPersistence, find_newest_run
+from trainloop_complete_with_fixes import main, parse_arguments
+
+# --------------------------------------------------------------------------------------------------------------------
+# records that cannot be written
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, fails: range, *, halves: bool = False) -> None:
+    """The writes of records with these numbers find the disk full; halves: half a line is written first."""
+    write, calls = os.write, iter(range(10**6))
+
+    def limited(descriptor: int, data: bytes) -> int:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if name in ("metrics.jsonl", "train.log") and next(calls) in fails:
+            if halves:
+                return write(descriptor, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(runlog.os, "write", limited)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_rows_wait_for_room_on_the_disk(
+    halves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(quiet=True)
+    log.open(tmp_path, rows=0)
+    with monkeypatch.context() as patch:
+        full_disk(patch, range(3, 6), halves=halves)
+        for step in range(1, 11):
+            log.metrics({"step": step})
+    log.close()
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 11)) and log.rows == 10
+    assert capsys.readouterr().err.count("Warning: metrics.jsonl cannot be written (No space left on device)") == 1
+    assert log.exit_code(0) == 0
+
+
+def test_what_could_never_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(quiet=True)
+    log.open(tmp_path, rows=0)
+    log.metrics({"step": 1})
+    full_disk(monkeypatch, range(10**6))
+    log.metrics({"step": 2})
+    log("a line")
+    log.close()
+    assert [log.exit_code(code) for code in (0, 3)] == [1, 3] and [row["step"] for row in metrics(tmp_path)] == [1]
+    assert "error: metrics.jsonl, train.log in" in capsys.readouterr().err
+
+
+def test_a_training_outlives_a_full_disk_of_its_records(
+    small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, range(12, 20))
+    outcome = small_run(tmp_path / "run", "--epochs", "2", "--log_every", "1")
+    assert outcome.code == 0, outcome.stderr
+    assert [row["step"] for row in outcome.batches] == list(range(1, len(outcome.batches) + 1))
+    assert "cannot be written" in outcome.stderr and "EPOCH 1 SUMMARY" in (tmp_path / "run" / "train.log").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a run folder that was damaged, or comes from elsewhere
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outcome = small_run(tmp_path_factory.mktemp("faults") / "run", "--epochs", "1", "--val_limit", "1")
+    assert outcome.code == 0, outcome.stderr
+    return outcome.folder
+
+
+def test_damaged_rows_do_not_end_a_resume(
+    finished: Path, small_flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[0] += lines[1]
+    lines[1:6] = ["5", "{}", '{"step": 1e400, "loss": 1}', "\0\0\0", json.dumps({"step": 10**40, "loss": 10**400})]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert main([*small_flags, "--output_dir", str(folder), "--epochs", "2", "--val_limit", "1", "--resume"]) == 0
+    assert "metrics.jsonl: 6 damaged rows are left out of the event files" in capsys.readouterr().out
+
+
+def test_nothing_is_written_through_links(finished: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    folder, outside = shutil.copytree(finished, tmp_path / "run"), tmp_path / "outside"
+    outside.mkdir()
+    events = next((folder / "tensorboard").iterdir()).name
+    places = {"config.json": folder, "train.log": folder, "metrics.jsonl": folder, "report.html": folder}
+    for name, where in {**places, "predictions-seed.json": folder, events: folder / "tensorboard"}.items():
+        (outside / name).write_text("precious")
+        (where / name).unlink(missing_ok=True)
+        (where / name).symlink_to(outside / name)
+    outcome = small_run(folder, "--epochs", "2", "--val_limit", "1", "--resume")
+    assert outcome.code == 0, outcome.stderr
+    assert {path.read_text() for path in outside.iterdir()} == {"precious"}
+    assert "train.log was a symbolic link" in outcome.stdout
+
+    shutil.rmtree(folder / "tensorboard")
+    (outside / "tensorboard").mkdir()
+    (folder / "tensorboard").symlink_to(outside / "tensorboard")
+    assert small_run(folder, "--epochs", "3", "--val_limit", "1", "--resume").code == 0
+    assert list((outside / "tensorboard").iterdir()) == []
+
+
+def test_the_newest_run_may_be_linked(tmp_path: Path) -> None:
+    for name in ("older", "newer"):
+        with ModelPersistence(tmp_path / "elsewhere" / name, log=lambda _: None) as persistence:
+            persistence.save({"extra": {"name": name}}, step=1, wait=True)
+    runs = tmp_path / "runs"
+    shutil.copytree(tmp_path / "elsewhere" / "older", runs / "older")
+    (runs / "newer").symlink_to(tmp_path / "elsewhere" / "newer")
+    assert find_newest_run(runs) == runs / "newer"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# names and streams
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_home_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags.json").write_text(json.dumps({"backup_dir": "~/drive", "epochs": 7}))
+    names = ("output_dir", "cache_dir", "data", "unseen")
+    flags = [word for name in names for word in (f"--{name}", f"~/{name}")]
+    args, _ = parse_arguments([*flags, "--config", "~/flags.json"])
+    assert [getattr(args, name) for name in names] == [f"{tmp_path}/{name}" for name in names]
+    assert (args.backup_dir, args.epochs) == (f"{tmp_path}/drive", 7)
+    assert parse_arguments(["--resume", "~/run"])[0].resume == f"{tmp_path}/run"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_streams_that_lack_a_character(encoding: str, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Their lines have escapes; train.log has what was said."""
+    folder = tmp_path / "运行-é"
+    flags = [*small_flags, "--output_dir", str(folder), "--max_batches", "1", "--val_limit", "1", "--no_tensorboard"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u8fd0\\u884c" in done.stdout and str(folder) in (folder / "train.log").read_text(encoding="utf-8")
+
+
+def test_a_name_that_is_no_text(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/run-\xff"
+    flags = [*small_flags, "--max_batches", "1", "--val_limit", "1", "--no_tensorboard", "--output_dir"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags, folder], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert os.path.isfile(folder + b"/metrics.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a checkpoint that someone else wrote: sound, signed, and with any values
+# --------------------------------------------------------------------------------------------------------------------
+
+Foreign = tuple[tuple[str, ...], Any]
+
+
+def foreign(*place: str, values: Sequence[Any]) -> list[Foreign]:
+    return [(place, value) for value in values]
+
+
+FOREIGN: list[Foreign] = [
+    *foreign("flags", values=(None, [], "flags", 3)),
+    *foreign("flags", "views", values=(0, -1, "many", None, 10**30, [1])),
+    *((("flags", name), value) for name, value in (("ema", 2.0), ("agent_lr", "x"), ("threads", 10**9))),
+    *((("flags", name), value) for name, value in (("ablate", [9]), ("no_policy", 1), ("qwen_tune", "half"))),
+    *foreign("state", values=(None, {}, [], {"epoch": 0})),
+    *foreign("state", "epoch", values=(-1, "0", 0.5, None)),
+    *foreign("state", "sums", values=([], {"loss": "x"})),
+    *foreign("threshold", values=(None, {}, {"ema_accuracy": "x"})),
+    *foreign("rng", values=(None, {}, {"torch": 3})),
+    *foreign("data", values=(None, {}, {"data": 1})),
+    *foreign("rows", values=(None, 0.5, "x")),
+    *foreign("lora", values=(None, {"qwen": 3}, {"qwen": {"base": {"no": 1}}})),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), FOREIGN, ids=lambda each: str(each)[:40])
+def test_values_of_a_foreign_checkpoint_are_checked(
+    place: tuple[str, ...],
+    value: Any,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ModelPersistence(finished, read_only=True, log=lambda _: None) as original:
+        checkpoint = original.load()
+    inner = checkpoint.state["extra"]
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    with ModelPersistence(tmp_path / "run", log=lambda _: None) as persistence:
+        persistence.save(checkpoint.state, step=checkpoint.step, wait=True)
+    before = everything_below(tmp_path / "run")
+    code = main(
+        ["--resume", "--output_dir", str(tmp_path / "run"), "--epochs", "9", "--cache_dir", str(tmp_path / "c")]
+    )
+    out, err = capsys.readouterr()
+    assert code == 2 and err.startswith("error: --resume: ") and err.count("\n") == 1, (code, out, err)
+    assert everything_below(tmp_path / "run") == before
