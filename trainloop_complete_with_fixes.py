@@ -52,7 +52,7 @@ from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_wo
 from arc.lora import Adapter, problem_with_peft, saved_base
 from arc.memory import MemoryBank
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit, window_size
-from arc.predict import PairPrediction, Predictor, prediction_cost, views_reached
+from arc.predict import PairPrediction, Predictor, evaluating, prediction_cost, views_reached
 from arc.qwen import QwenPrompt, Tune, build_qwen, prompt_spread
 from arc.qwen_source import quiet_downloads
 from arc.report import keep_predictions, open_events, try_report
@@ -581,16 +581,16 @@ class Run:
     persistence: ModelPersistence | None = None
     export_files: Mapping[str, str] = field(default_factory=dict)  # config and tokenizer of Qwen, for `export`
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {"agent": self.agent, "qwen": self.qwen, "policy": self.policy, "memory": self.memory}
+
     def memory_row(self) -> dict[str, Any]:
         """What metrics.jsonl has of the memory (FIX 5)."""
         row = {"size": len(self.memory), "updates": self.state.memory_updates, "offers": self.state.memory_offers}
         return {f"memory.{name}": n for name, n in row.items()} | {
             "memory.threshold": self.fixes.threshold.get_threshold()
         }
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        return {"agent": self.agent, "qwen": self.qwen, "policy": self.policy, "memory": self.memory}
 
 
 def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint | None = None) -> Run:
@@ -913,11 +913,10 @@ def predict_splits(
     """Predict the splits under the averaged weights by `deadline` (inf: every view of every pair), each in its share of
     the time; write the attempts as JSON into the run's folder, and, if they are to `show`, what the report draws."""
     assert run.log.folder is not None
-    was_training = run.agent.training
-    for module in run.modules.values():
-        module.eval()
     predicted: dict[str, list[PairPrediction]] = {}
-    with run.average.applied() if run.average else contextlib.nullcontext():
+    modules = list(run.modules.values())
+    with evaluating(modules), run.average.applied() if run.average else contextlib.nullcontext():
+        run.records.check_weights(modules)
         for number, split in enumerate(splits):
             until = part_of(deadline, split.pairs, sum(each.pairs for each in splits[number:]))
             pairs = predicted[split.name] = predictor(run).split(split, until)
@@ -928,8 +927,6 @@ def predict_splits(
                 keep_predictions(run.log.folder, split.name, pairs, step=run.state.step, log=run.log)
             if run.log.events is not None and split.name in run.args.val_splits:
                 run.log.events.pictures(split.name, run.state.step, pairs)
-    for module in run.modules.values():
-        module.train(was_training)
     return predicted
 
 

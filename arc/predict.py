@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from arc.agent import AgentOutput, GridAgent, voted_grid
@@ -179,6 +180,8 @@ def collect(
         key = (positions[owner], number)
         if key not in found:
             found[key] = evidence_answer(tasks[key[0]], number, store)
+        if not (math.isfinite(sure[0][row]) and math.isfinite(sure[1][row])):
+            continue  # weights that are not finite predict nothing: what the evidence answers stands
         view = Augmentation(dihedral[row], tuple(colours[row]))
         found[key].before.append(view.invert(unpad_grid(grids[0][row])))
         found[key].after.append(view.invert(unpad_grid(grids[1][row])))
@@ -190,6 +193,19 @@ def certainty(output: AgentOutput, query: QueryBatch) -> Tensor:
     """(B,) mean probability of the chosen colours, over the cells of the predicted grid."""
     inside = output.inside_prediction(query)
     return (output.colour_log_probs().exp().amax(-1) * inside).sum(1) / inside.sum(1).clamp(min=1)
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While test pairs are predicted: the modules in eval mode, afterwards as they were."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
 
 
 class Effort(Protocol):

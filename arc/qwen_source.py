@@ -239,7 +239,10 @@ def load_backbone(source: Source) -> PreTrainedModel:
         raise UserError(f"--qwen {source.name}: the model cannot be loaded ({_one_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"--qwen {source.name}: {len(missing)} weights are missing, {missing[0]} for one")
-    return getattr(model, "language_model", model)
+    model = getattr(model, "language_model", model)
+    if bad := [name for name, weight in model.state_dict().items() if not bool(torch.isfinite(weight).all())]:
+        raise UserError(f"--qwen {source.name}: {bad[0]} holds numbers that are not finite; the model is damaged")
+    return model
 
 
 def embedding_of(backbone: PreTrainedModel) -> nn.Embedding:

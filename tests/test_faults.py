@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -134,6 +135,31 @@ def test_the_newest_run_may_be_linked(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "elsewhere" / "older", runs / "older")
     (runs / "newer").symlink_to(tmp_path / "elsewhere" / "newer")
     assert find_newest_run(runs) == runs / "newer"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights that are not finite
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_leave_the_evidence_s_answers(
+    finished: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    """As after one bad step without the guard of fix 7: each later command says so and ends in order."""
+    with ModelPersistence(finished, read_only=True, log=lambda _: None) as original:
+        checkpoint = original.load()
+    for weights in (checkpoint.state["model"]["agent"], checkpoint.state["optim"]["average"]["average"]):
+        for name in [name for name in weights if name.endswith("head.weight")]:
+            weights[name].fill_(math.nan)
+    with ModelPersistence(tmp_path / "run", log=lambda _: None) as persistence:
+        persistence.save(checkpoint.state, step=checkpoint.step, wait=True)
+    for flags, code in ((("--eval_only",), 0), ((), 0), (("--strict",), 3)):
+        outcome = small_run(tmp_path / "run", "--epochs", "2" if code == 0 else "3", "--resume", *flags)
+        assert outcome.code == code, outcome.stderr
+        assert outcome.stdout.count("RED FLAG: weights are not finite") + (code == 3) == 1
+        if code == 0 and not flags:
+            last = outcome.epochs[-1]
+            assert last["val.pass1"] == last["val.vote_pass1"] and last["val.accuracy_delta"] is None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -461,6 +462,12 @@ def rewrite_weights(folder: Path, rename: Callable[[str], str | None]) -> None:
     save_file({name: t for name, t in tensors.items() if name}, folder / "model.safetensors", {"format": "pt"})
 
 
+def spoil_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    next(tensor for tensor in tensors.values() if tensor.ndim == 2)[0, 0] = math.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def pickle_only(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -472,6 +479,7 @@ def remove_tokenizer(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Damage, str]] = {
+    "a weight is infinite": (spoil_weight, "not finite"),
     "empty folder": (empty, "config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),

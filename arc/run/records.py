@@ -154,6 +154,16 @@ class Records:
         if row["prompt_spread"] < 1e-3:
             self.sound("prompt", "all tasks get the same prompt, it has collapsed (FIX #6, prompt consistency)")
 
+    def check_weights(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Before anything is predicted."""
+        weights = [value for module in modules for value in module.state_dict().values() if value.is_floating_point()]
+        if not bool(torch.stack([torch.isfinite(value).all().cpu() for value in weights]).all()):
+            self.sound(
+                "weights",
+                "weights are not finite, so all answers are the evidence's (FIX #7); --resume best goes on from a time "
+                "when they may have been, a new run wants lower learning rates",
+            )
+
     def check_epoch(self) -> None:
         """At the end of an epoch's batches."""
         mean = self.state.means()
