@@ -61,11 +61,11 @@ from arc.persistence.names import (
     PersistenceError,
 )  # fmt: skip
 from arc.persistence.runs import CheckpointInfo, find_newest_run, human, setup_drive_backup
-from arc.persistence.store import ModelPersistence
+from arc.persistence.store import ModelPersistence, newest_checkpoint
 
 __all__ = [
     "Checkpoint", "CheckpointInfo", "ModelPersistence", "PersistenceError", "export_best", "find_newest_run",
-    "setup_drive_backup",
+    "newest_checkpoint", "setup_drive_backup",
     "BEST_METRICS", "CHUNK", "FORMAT", "FROZEN", "GROUPS", "MANIFEST", "MAX_DEPTH", "MAX_FILE_BYTES",
     "MAX_HEADER_BYTES", "MAX_INT_BITS", "MAX_MANIFEST_BYTES", "MAX_STEP", "VERSION",
 ]  # fmt: skip

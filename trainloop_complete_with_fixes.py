@@ -81,7 +81,7 @@ from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
 from arc.splits import DEV_SPLITS, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
 from arc.tasks import DataSet, Task
-from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run
+from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run, newest_checkpoint
 from policy_refined import (
     Feedback,
     Prediction,
@@ -310,8 +310,7 @@ def conflicts(args: Flags) -> list[str]:
 
 
 def problems_of_all(args: Flags) -> list[str]:
-    """Problems that flags taken from a checkpoint may bring as well, or that packages which not everyone has are not
-    there; one line each. UserError for a device that is not there."""
+    """Problems that a checkpoint's flags may bring as well; one line each. UserError for a device that is not there."""
     device, ablated = resolve_device(args.device), 1 in args.ablate
     eight_bit = args.optim_qwen == "adamw8bit" and not args.eval_only and not ablated
     found = [
@@ -346,7 +345,7 @@ def summary_title(args: Flags) -> str:
 def print_config(args: Flags, given: set[str]) -> int:
     """The flags as a run with this command line would have them, as JSON on stdout. What the model decides when it is
     built (--qwen_lr), and the name of a new run's folder, is null."""
-    folder, which = open_run_folder(args, find_newest_run)
+    folder, which = open_run_folder(args, find_newest_run, newest_checkpoint)
     if which is not None:
         with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
             take_flags(args, given, load_checkpoint(persistence, which))
@@ -580,6 +579,7 @@ class Run:
     pace: Pace = field(default_factory=Pace)
     persistence: ModelPersistence | None = None
     export_files: Mapping[str, str] = field(default_factory=dict)  # config and tokenizer of Qwen, for `export`
+    origin: str = ""  # the checkpoint of another folder that this run began from
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -971,6 +971,7 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
             "flags": saved_flags(run.args),
             "data": run.trained_on,
             "rows": run.log.rows,
+            "origin": run.origin,
             "export": {"qwen": run.export_files},
             "lora": {"qwen": run.qwen.adapter.recipe(run.qwen.base)} if run.qwen.adapter else {},
         },
@@ -1026,7 +1027,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.average.load_state_dict(tree["optim"]["average"])
     run.fixes.threshold.load_state_dict(extra["threshold"])
     run.state.load(extra["state"])
-    run.log.rows = len(range(extra["rows"]))  # a number, whoever wrote it
+    run.log.rows, run.origin = len(range(extra["rows"])), str(extra.get("origin", ""))  # whoever wrote them
     restore_rng(extra["rng"])
 
 
@@ -1104,7 +1105,7 @@ def run_main(argv: Sequence[str] | None) -> int:
 
 def prepare(args: Flags, given: set[str], log: RunLog, started: float) -> tuple[Run, Checkpoint | None]:
     """The run with its checkpoints open, and the checkpoint that it continues."""
-    folder, which = open_run_folder(args, find_newest_run)
+    folder, which = open_run_folder(args, find_newest_run, newest_checkpoint)
     persistence, checkpoint = None, None
     with contextlib.ExitStack() as held:  # in a notebook the process lives on: it must not keep the run's lock
         if which is not None:
@@ -1121,6 +1122,8 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float) -> tuple[
         if checkpoint is not None:
             with usable(checkpoint.path.name):
                 restore(run, checkpoint)
+            if checkpoint.path.parent.resolve() != folder.resolve() and not args.eval_only:
+                run.origin, run.log.rows = str(checkpoint.path), 0
         run.persistence = persistence or open_persistence(args, folder, log)
         held.pop_all()
     return run, checkpoint

@@ -163,6 +163,35 @@ def test_weights_that_are_not_finite_leave_the_evidence_s_answers(
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# a new run from a checkpoint that must not be touched
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["run", "checkpoint"])
+def test_a_new_run_begins_from_another_folder_s_checkpoint(
+    what: str, finished: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    before, steps = everything_below(finished), sorted(finished.glob("step-*"))
+    old = finished if what == "run" else steps[-1]
+    flags = ("--epochs", "2", "--val_limit", "1", "--resume")
+    outcome = small_run(tmp_path / "new", *flags, str(old))
+    assert outcome.code == 0, outcome.stderr
+    assert everything_below(finished) == before
+    first = outcome.batches[0]["step"]
+    assert first == int(steps[-1].name.partition("-")[2]) + 1 and outcome.batches[-1]["step"] > first
+    with ModelPersistence(tmp_path / "new", read_only=True, log=lambda _: None) as persistence:
+        assert persistence.load().state["extra"]["origin"] == str(steps[-1])
+    # The same as going on where it was, bit for bit.
+    there = shutil.copytree(finished, tmp_path / "there")
+    assert small_run(there, *flags).code == 0
+    newest = [max(folder.glob("step-*")) / "model.safetensors" for folder in (there, tmp_path / "new")]
+    assert newest[0].read_bytes() == newest[1].read_bytes()
+
+    refused = small_run(there, *flags, str(finished))
+    assert refused.code == 2 and "holds a run already" in refused.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # names and streams
 # --------------------------------------------------------------------------------------------------------------------
 

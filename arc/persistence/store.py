@@ -327,3 +327,8 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def newest_checkpoint(run: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder of the newest valid save in a run that is only read. PersistenceError if there is none."""
+    return ModelPersistence(run, read_only=True).load("latest").path

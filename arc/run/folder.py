@@ -20,6 +20,14 @@ class Place(Protocol):
     eval_only: bool
 
 
+def refuse_a_used(folder: Path) -> None:
+    """UserError if there are checkpoints in the folder in which a new run is to begin."""
+    if folder.is_dir() and any(folder.glob("step-*")):
+        raise UserError(
+            f"--output_dir: {folder} holds a run already; continue it with --resume or choose another folder"
+        )
+
+
 @contextlib.contextmanager
 def usable(checkpoint: str) -> Iterator[None]:
     """While a checkpoint is taken over: its bytes are as they were written, but whoever wrote them may have written
@@ -33,15 +41,18 @@ def usable(checkpoint: str) -> Iterator[None]:
         raise UserError(f"--resume: {checkpoint} does not hold what a run of this version writes ({what})") from problem
 
 
-def open_run_folder(args: Place, find_newest_run: Callable[[str], Path | None]) -> tuple[Path, str | None]:
+def open_run_folder(
+    args: Place, find_newest_run: Callable[[str], Path | None], newest_checkpoint: Callable[[Path], Path]
+) -> tuple[Path, str | None]:
     """The run's folder and, on resume, which checkpoint to continue from. UserError for what the user can mend.
-    find_newest_run: the newest run with a checkpoint below a folder, if there is one."""
+
+    A checkpoint of another folder than --output_dir, or the newest of another run, is where a new run begins; nothing
+    is written into the old folder, which may be read-only. find_newest_run: the newest run with a checkpoint below a
+    folder, if there is one; newest_checkpoint: of a run's folder.
+    """
     if args.resume is None:
         folder = Path(args.output_dir or f"runs/arc_complete_{time.strftime('%Y%m%d_%H%M%S')}")
-        if folder.is_dir() and any(folder.glob("step-*")):
-            raise UserError(
-                f"--output_dir: {folder} holds a run already; continue it with --resume or choose another folder"
-            )
+        refuse_a_used(folder)
         return folder, None
     which: str = args.resume
     if which in ("latest", "best"):
@@ -56,10 +67,13 @@ def open_run_folder(args: Place, find_newest_run: Callable[[str], Path | None]) 
         found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
         if args.eval_only:  # the checkpoint is only read, wherever it lies; logs and predictions go to --output_dir
             return found, which
+        if Path(which).absolute().parent.resolve() != found.resolve() and not any(found.glob("step-*")):
+            return found, which
     else:  # a run's folder is as good as its name under --output_dir
         found, which = Path(which), "latest"
         if args.output_dir and Path(args.output_dir).resolve() != found.resolve():
-            raise UserError(f"--resume: {found} is not a checkpoint, and --output_dir names another folder")
+            refuse_a_used(Path(args.output_dir))
+            return Path(args.output_dir), str(newest_checkpoint(found))
     if not args.backup_dir and not any([*found.glob("step-*"), *found.glob("best-*")]):
         if which not in ("latest", "best"):
             raise UserError(f"--resume: {which} is not a checkpoint of the run in --output_dir {found}")
