@@ -45,12 +45,14 @@ from arc.batches import (
     epoch_batches,
     reverse_queries,
 )
-from arc.device import Precision, describe_device, resolve_device, resolve_precision
+from arc.device import Precision, resolve_device, resolve_precision
 from arc.efe import EfeWeights, Pass, Weights
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
+from arc.generate import KNOWN, MIN_SIDE, family_list
 from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
 from arc.lora import Adapter, problem_with_peft, saved_base
 from arc.memory import MemoryBank
+from arc.opening import opening_lines
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit, window_size
 from arc.predict import PairPrediction, Predictor, evaluating, prediction_cost, views_reached
 from arc.qwen import QwenPrompt, Tune, build_qwen, prompt_spread
@@ -79,7 +81,7 @@ from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summ
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
-from arc.splits import DEV_SPLITS, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
+from arc.splits import DEV_SPLITS, GENERATED, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
 from arc.tasks import DataSet, Task
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run, newest_checkpoint
 from policy_refined import (
@@ -145,7 +147,13 @@ class Flags:
     strict: bool = flag(RUN, False, "a red flag saves and stops the run with exit code 3", resume=COMMAND)
     quiet: bool = flag(RUN, False, "no log lines or bars on stdout; train.log has them all", resume=COMMAND)
 
-    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, a JSON file or a folder", path, FREE)
+    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, generated, a JSON file, a zip or a folder",
+                     path, FREE)
+    families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known, all, or names, comma-separated",
+                                     family_list)
+    tasks: int = flag(DATA, 20, "of --data generated: tasks of each family", whole(1, 10_000))
+    pairs: int = flag(DATA, 4, "of --data generated: demonstrations of a task", whole(2, 30))
+    max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
                        "of --data if it has no others), never on their test outputs")
     augment: str = flag(DATA, "full", "of each view", ("full", "dihedral", "colour", "none"))
@@ -261,6 +269,8 @@ def expand(args: Flags, typed: set[str], given: set[str]) -> None:
         vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in explicit})
     if (args.adapt or args.dev) and "val_splits" not in (typed if {"adapt", "dev"} & typed else given):
         args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
+    if args.data == GENERATED and "unseen" not in given:
+        args.unseen = GENERATED
     if {"qwen", "qwen_tune"} & typed and "qwen_lr" not in typed and not args.old:
         args.qwen_lr = None  # the config's is that of another model
         given.discard("qwen_lr")
@@ -1035,28 +1045,12 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def describe(run: Run) -> None:
-    """What runs: device, precision and why, models, data, checkpoint size."""
-    args = run.args
-    tree, frozen = checkpoint_tree(run), run.qwen.frozen_state()
-    growth = run.optimizer.bytes_to_come()
-    size = (ModelPersistence.estimate_bytes(tree) + growth) / 2**20
-    rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
-    episodes = sum(len(task.train) for task in run.training)
-    trained = f", {len(run.training)} training tasks, {episodes} episodes x {args.views} views" if episodes else ""
-    validated = ", ".join(f"{split.pairs} test pairs of {len(split.tasks)} {split.name} tasks" for split in run.splits)
-    lines = [
-        run.qwen.description,
-        describe_device(run.device, run.precision),
-        f"{run.agent.description} | learning rates: {rates}",
-        f"Data: {run.data.name}{trained}",
-        f"Validation: {validated} with {args.val_views} views each",
-        f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all"
-        if not args.eval_only
-        else "Checkpoint: only read",
-        f"Folder: {args.output_dir}" + (", with TensorBoard's events in it" if run.log.events is not None else ""),
-    ]
-    run.log("\n".join(lines))
-    if run.persistence is not None and (warning := run.persistence.space_warning(tree, frozen, growth=growth)):
+    """What runs: model, device, precision and why, data, checkpoint size and whether the disk has room for it."""
+    tree, growth = checkpoint_tree(run), run.optimizer.bytes_to_come()
+    size = ModelPersistence.estimate_bytes(tree) + growth
+    run.log("\n".join(opening_lines(run, size, events=run.log.events is not None)))
+    assert run.persistence is not None
+    if warning := run.persistence.space_warning(tree, run.qwen.frozen_state(), growth=growth):
         run.log(warning)
 
 

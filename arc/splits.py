@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from arc.datasets import load_dataset
+from arc.generate import generated_dataset
 from arc.run.files import UserError
 from arc.tasks import DataSet, Task, drop_duplicates, same_content
 
 # The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
 NEW = -2
 
+GENERATED = "generated"  # --data: tasks that are drawn here (arc/generate)
 DEV_SPLITS = ("dev_unseen", "dev_seen")
 LABELS = {
     "seed": "seed split (test pairs of the training tasks)",
@@ -218,6 +220,17 @@ class Choice(Protocol):
     val_limit: int
     eval_only: bool
     submission: str | None
+    families: tuple[str, ...]
+    tasks: int
+    pairs: int
+    max_side: int
+
+
+def load(args: Choice, spec: str, *, as_evaluation: bool = False) -> DataSet:
+    """The data set that --data or --unseen (as_evaluation) names."""
+    if spec == GENERATED:
+        return generated_dataset(args.families, args.tasks, args.pairs, args.max_side, args.seed)
+    return load_dataset(spec, as_evaluation=as_evaluation)
 
 
 class Chosen(NamedTuple):
@@ -232,7 +245,7 @@ class Chosen(NamedTuple):
 def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callable[[str], None]) -> Chosen:
     """Load --data and choose from it. trained_on: what the checkpoint to be continued or evaluated recorded. An
     evaluation on other data, or for a submission, is of every task of it."""
-    data = load_dataset(args.data)
+    data = load(args, args.data)
     for note in data.notes:
         log(note)
     if args.eval_only and trained_on and (args.submission or trained_on["data"] != data.fingerprint):
@@ -272,7 +285,7 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     kept: tuple[Task, ...] = data.training
     evaluation: tuple[Task, ...] = ()
     if name in args.val_splits or args.adapt:
-        evaluation = load_dataset(args.unseen, as_evaluation=True).evaluation if data.training else data.evaluation
+        evaluation = load(args, args.unseen, as_evaluation=True).evaluation if data.training else data.evaluation
         if not evaluation:
             raise UserError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
         kept, dropped = drop_duplicates(data.training, evaluation)

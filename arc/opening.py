@@ -1,0 +1,64 @@
+"""What a run says of itself before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from arc.agent import GridAgent
+from arc.device import Precision, describe_device
+from arc.optim import JointOptimizer
+from arc.qwen import QwenPrompt
+from arc.splits import Split
+from arc.tasks import DataSet, Task
+
+
+class Settings(Protocol):
+    """The flags that are told."""
+
+    views: int
+    val_views: int
+    save_every: int
+    keep: int
+    eval_only: bool
+    output_dir: str | None
+
+
+class Opening(Protocol):
+    """The parts of a run that are told."""
+
+    @property
+    def args(self) -> Settings: ...
+
+    qwen: QwenPrompt
+    agent: GridAgent
+    optimizer: JointOptimizer
+    device: torch.device
+    precision: Precision
+    data: DataSet
+    training: tuple[Task, ...]
+    splits: tuple[Split, ...]
+
+
+def opening_lines(run: Opening, checkpoint_bytes: int, *, events: bool) -> Sequence[str]:
+    """Model, device and precision and why, agent, data, checkpoint size, folder. events: whether TensorBoard's are
+    written."""
+    args = run.args
+    size = checkpoint_bytes / 2**20
+    rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
+    episodes = sum(len(task.train) for task in run.training)
+    trained = f", {len(run.training)} training tasks, {episodes} episodes x {args.views} views" if episodes else ""
+    validated = ", ".join(f"{split.pairs} test pairs of {len(split.tasks)} {split.name} tasks" for split in run.splits)
+    return [
+        run.qwen.description,
+        describe_device(run.device, run.precision),
+        f"{run.agent.description} | learning rates: {rates}",
+        f"Data: {run.data.name}{trained}",
+        f"Validation: {validated} with {args.val_views} views each",
+        f"Checkpoint: {size:.1f} MiB every {args.save_every} batches, about {size * (args.keep + 2):.0f} MiB in all"
+        if not args.eval_only
+        else "Checkpoint: only read",
+        f"Folder: {args.output_dir}" + (", with TensorBoard's events in it" if events else ""),
+    ]
