@@ -149,8 +149,8 @@ class Flags:
 
     data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, generated, a JSON file, a zip or a folder",
                      path, FREE)
-    families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known, all, or names, comma-separated",
-                                     family_list)
+    families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known (default), all, or names, "
+                                     "comma-separated", family_list)
     tasks: int = flag(DATA, 20, "of --data generated: tasks of each family", whole(1, 10_000))
     pairs: int = flag(DATA, 4, "of --data generated: demonstrations of a task", whole(2, 30))
     max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))

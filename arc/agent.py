@@ -115,9 +115,10 @@ def there_and_back(
 @torch.no_grad()
 def voted_grid(query: QueryBatch) -> Tensor:
     """(B, 30, 30) int64, -1 outside: the evidence's training-free answer, `QueryEvidence.vote` for a whole batch."""
-    says, confidence = query.codes.long() % 10, query.codes.long() // 10
+    codes = query.codes[..., query.tables].long()
+    says, confidence = codes % 10, codes // 10
     classes = torch.from_numpy(CLASS_WEIGHTS).to(query.vote_weight.device)
-    trust = torch.log(query.vote_weight + 1e-12)[:, None] + torch.log(classes + 1e-12)[confidence]
+    trust = torch.log(query.vote_weight[:, query.tables] + 1e-12)[:, None] + torch.log(classes + 1e-12)[confidence]
     mixture = table_mixture(trust.masked_fill(confidence == 0, SILENT), says)
     return AgentOutput([mixture], torch.empty(0)).predicted_grid(query, size=query.out_size)
 
@@ -254,8 +255,10 @@ class GridAgent(nn.Module):
         """
         prompt = self.prompt_norm(prompt[query.owner].float()).flatten(1)  # (B, K * D)
         condition = self.query_condition(query, prompt, reverse)  # (B, C)
-        says, confidence = query.codes.long() % 10, query.codes.long() // 10  # (B, L, T)
-        trust = torch.log(query.vote_weight + 1e-12) + self.task_trust(condition) + self.prompt_trust(prompt)  # (B, T)
+        tables, codes = query.tables, query.codes[..., query.tables].long()
+        says, confidence = codes % 10, codes // 10  # (B, L, T)
+        trust = torch.log(query.vote_weight[:, tables] + 1e-12) + self.task_trust(condition)[:, tables]
+        trust = trust + self.prompt_trust(prompt)[:, tables]  # (B, T)
         mixed, few, many = self.class_trust
         by_class = torch.where(confidence == 3, many, torch.where(confidence == 2, few, mixed))
         trust = (trust.float()[:, None] + by_class).masked_fill(confidence == 0, SILENT)  # (B, L, T)
@@ -272,7 +275,8 @@ class GridAgent(nn.Module):
             for block in self.blocks:
                 x = block(x, condition, cos, sin, mask)
             normed = F.rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5  # length 1
-            mixture = table_mixture(trust + self.cell_trust(normed).float(), says)  # (B, L, 10)
+            trusted = F.linear(normed, self.cell_trust.weight[tables]).float()  # (B, L, T)
+            mixture = table_mixture(trust + trusted, says)  # (B, L, 10)
             own = self.head(normed).float() + copying[..., None] * copied
             logits.append(own + (1 + sharpness)[..., None] * torch.log(mixture + MIXTURE_FLOOR))
             x = x + self.read_back(logits[-1].softmax(-1))
@@ -305,10 +309,12 @@ class GridAgent(nn.Module):
             ),
             -1,
         )
+        by_table = self.table_embedding.weight.unflatten(1, (-1, 4))  # (W, T, 4)
+        table_embedding = by_table[:, query.tables].flatten(1)
         dtype = torch.get_autocast_dtype(row.device.type) if torch.is_autocast_enabled(row.device.type) else row.dtype
         return (
             self.neighbour_embedding(around.to(dtype))
-            + self.table_embedding(classes.to(dtype))
+            + F.linear(classes.to(dtype), table_embedding)
             + self.vote_embedding(torch.cat((torch.log(vote + MIXTURE_FLOOR), flags), -1))
         )
 

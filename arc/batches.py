@@ -132,6 +132,12 @@ class QueryBatch(TensorBundle):
     owner: Tensor  # (B,) int64, which prompt of the batch answers this query
     number: Tensor  # (B,) int64, which of its owner's test pairs this is
     padded: bool  # whether there is any padding: without it attention needs no mask
+    silent: bool  # whether no table says anything in the whole batch: without evidence, and on the way back
+
+    @property
+    def tables(self) -> slice:
+        """The tables that have to be looked at: where all are silent one is as good as all."""
+        return slice(0, 1) if self.silent else slice(None)
 
     def __len__(self) -> int:
         return self.valid.shape[0]
@@ -215,7 +221,7 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
         "number": np.array([query.number for query in queries], np.int64),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return QueryBatch(**tensors, padded=not bool(valid.all()))
+    return QueryBatch(**tensors, padded=not bool(valid.all()), silent=not bool(codes.any()))
 
 
 def reverse_queries(grids: Tensor, query: QueryBatch, rows: Tensor) -> QueryBatch:
