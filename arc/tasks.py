@@ -105,6 +105,18 @@ class DataSet:
     fingerprint: str
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, name: str, training: Iterable[Task], evaluation: Iterable[Task], notes: tuple[str, ...] = ()
+    ) -> DataSet:
+        """The tasks of both parts, sorted, with their fingerprint: SHA-256 (hex) over contents and ids, for ids decide
+        the order of the tasks, and with it what an index of an epoch means."""
+        parts = {"training": training, "evaluation": evaluation}
+        ordered = {part: tuple(sorted(tasks, key=lambda task: task.id)) for part, tasks in parts.items()}
+        lines = sorted(f"{part} {task.digest} {task.id}" for part, tasks in ordered.items() for task in tasks)
+        fingerprint = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return cls(name, **ordered, fingerprint=fingerprint, notes=notes)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which tasks are one puzzle

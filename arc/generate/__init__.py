@@ -15,7 +15,6 @@ Three ways to be new, from easy to hard:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 from arc.generate import cells, things, whole
 from arc.generate.family import Family, number_of
 from arc.run.files import UserError
+from arc.run.flags import comma_separated
 from arc.tasks import MAX_SIDE, DataSet, Pair, Task
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (*whole.FAMILIES, *cells.FAMILIES, *things.FAMILIES)}
@@ -54,7 +54,7 @@ def family_list(text: str) -> tuple[str, ...]:
     """'basic,key' -> the names of the basic families and "key", each once. A type for argparse: basic, known (those
     that are not held out), all, and names, separated by commas."""
     sets = {"basic": BASIC, "known": KNOWN, "all": tuple(sorted(FAMILIES))}
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = comma_separated(text)
     if unknown := [word for word in words if word not in sets and word not in FAMILIES]:
         raise argparse.ArgumentTypeError(
             f"{unknown[0]!r} is none of basic, known, all and the families {', '.join(sorted(FAMILIES))}"
@@ -144,15 +144,7 @@ def generated_dataset(
         if name not in families
         for number in range(unseen)
     ]
-    parts = [tuple(sorted(part, key=lambda one: one.id)) for part in (training, evaluation)]
-    return DataSet("generated", parts[0], parts[1], _fingerprint(parts[0], parts[1]))
-
-
-def _fingerprint(training: Sequence[Task], evaluation: Sequence[Task]) -> str:
-    """SHA-256 (hex) as of any other data set (arc/datasets.py)."""
-    parts = (("training", training), ("evaluation", evaluation))
-    lines = sorted(f"{part} {task.digest} {task.id}" for part, tasks in parts for task in tasks)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return DataSet.of("generated", training, evaluation)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from arc.generate.drawing import (
     shape,
     shifted,
 )
-from arc.generate.family import DIRECTIONS, Family, Fixed, directed, directed_draw
+from arc.generate.family import DIRECTIONS, Draw, Family, Fixed, directed, directed_draw
 from arc.tasks import Grid
 
 Rng = np.random.Generator
@@ -31,12 +31,20 @@ def _how_many(rng: Rng, size: tuple[int, int], cells: int, most: int) -> int:
     return between(rng, 1, max(1, min(most, size[0] * size[1] // cells)))
 
 
-def _lone_dots(rng: Rng, fixed: Fixed, side: int) -> Grid:
-    """Dots so far apart that their outlines do not meet."""
-    size = shape(rng, side)
-    grid = blank(size)
-    paint(grid, dots(rng, size, _how_many(rng, size, 12, 8), gap=3), fixed.colours[0])
-    return grid
+def _dots(cells: int, most: int, gap: int) -> Draw:
+    """Dots at least `gap` cells apart, about one for so many cells of the grid and at most `most`."""
+
+    def draw(rng: Rng, fixed: Fixed, side: int) -> Grid:
+        size = shape(rng, side)
+        grid = blank(size)
+        paint(grid, dots(rng, size, _how_many(rng, size, cells, most), gap=gap), fixed.colours[0])
+        return grid
+
+    return draw
+
+
+_lone_dots = _dots(cells=12, most=8, gap=3)  # so far apart that their outlines do not meet
+_few_dots = _dots(cells=16, most=3, gap=1)  # no neighbours
 
 
 def _outline(grid: Grid, fixed: Fixed) -> Grid:
@@ -125,14 +133,6 @@ def _connect(grid: Grid, fixed: Fixed) -> Grid:
             if len(columns) == 2:
                 after[row, columns[0] + 1 : columns[1]] = fixed.colours[1]
     return output
-
-
-def _few_dots(rng: Rng, fixed: Fixed, side: int) -> Grid:
-    """Dots that are no neighbours."""
-    size = shape(rng, side)
-    grid = blank(size)
-    paint(grid, dots(rng, size, _how_many(rng, size, 16, 3), gap=1), fixed.colours[0])
-    return grid
 
 
 def _cross(grid: Grid, fixed: Fixed) -> Grid:

@@ -14,11 +14,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from arc.run.files import UserError, read_json
-
-T = TypeVar("T")
 
 
 class Resume(Enum):
@@ -82,6 +80,11 @@ class Number:
         return value
 
 
+def comma_separated(text: str) -> list[str]:
+    """The parts of 'a, b,' without what is empty: ['a', 'b']."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 @dataclass(frozen=True, eq=False)
 class NumbersOf:
     """An argparse type: whole numbers out of `allowed`, separated by commas, sorted and each once: '3,1' -> (1, 3)."""
@@ -91,7 +94,7 @@ class NumbersOf:
 
     def __call__(self, text: str) -> tuple[int, ...]:
         try:
-            chosen = {int(part) for part in text.split(",") if part.strip()}
+            chosen = {int(part) for part in comma_separated(text)}
         except ValueError:
             chosen = {min(self.allowed) - 1}
         if not chosen <= set(self.allowed):

@@ -29,9 +29,9 @@ def write_line(line: str, *, error: bool = False) -> bool:
     stream = sys.stderr if error else sys.stdout
     try:
         if is_live():
-            tqdm.write(printable(line, stream), file=stream)
+            tqdm.write(encodable(line, stream), file=stream)
         else:
-            print(printable(line, stream), file=stream, flush=True)
+            print(encodable(line, stream), file=stream, flush=True)
     except BlockingIOError:  # a full pipe that does not wait: this line only
         return True
     except OSError:
@@ -40,7 +40,7 @@ def write_line(line: str, *, error: bool = False) -> bool:
     return True
 
 
-def printable(text: str, stream: Any) -> str:
+def encodable(text: str, stream: Any) -> str:
     """The text with an escape in place of each character that the stream's encoding does not have."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -65,7 +65,7 @@ class LineBar(std.tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         try:
-            self.fp.write(printable(f"{self}\n", self.fp))
+            self.fp.write(encodable(f"{self}\n", self.fp))
         except OSError:
             drop(self.fp)
         return True
