@@ -34,21 +34,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from arc import efe as free_energy
+from arc import recipes
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
-from arc.batches import (
-    Episode,
-    EpisodeData,
-    PredictionBatch,
-    QueryBatch,
-    TrainBatch,
-    context_pairs,
-    epoch_batches,
-    reverse_queries,
-)
+from arc.batches import PredictionBatch, QueryBatch, context_pairs, reverse_queries
 from arc.device import Precision, resolve_device, resolve_precision
 from arc.efe import EfeWeights, Pass, Weights
+from arc.episodes import EpisodeData, TrainBatch, epoch_order
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
-from arc.generate import KNOWN, MIN_SIDE, family_list
+from arc.generate import GENERATED, KNOWN, MIN_SIDE, family_list
+from arc.latent import TaskLatent
 from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
 from arc.lora import Adapter, problem_with_peft, saved_base
 from arc.memory import MemoryBank
@@ -57,6 +51,7 @@ from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, probl
 from arc.predict import PairPrediction, Predictor, evaluating, prediction_cost, views_reached
 from arc.qwen import QwenPrompt, Tune, build_qwen, prompt_spread
 from arc.qwen_source import quiet_downloads
+from arc.recipes import RECIPES
 from arc.report import keep_predictions, open_events, try_report
 from arc.run.budget import Budget, part_of
 from arc.run.files import UserError, cannot_write, cannot_write_file, default_cache, replace_file
@@ -81,7 +76,7 @@ from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summ
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
-from arc.splits import DEV_SPLITS, GENERATED, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
+from arc.splits import DEV_SPLITS, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
 from arc.tasks import DataSet, Task
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run, newest_checkpoint
 from policy_refined import (
@@ -112,7 +107,7 @@ ABLATION = {
 # What --old stands for: every fix turned back, and the seed's learning rates.
 OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 DEFAULT_THREADS = torch.get_num_threads()
-CHECKPOINT_FORMAT = 3  # raise it when checkpoints of before can no longer be continued
+CHECKPOINT_FORMAT = 4  # raise it when checkpoints of before can no longer be continued
 
 
 RUN, DATA, AGENT, RECORDS, SAVING = "run", "data", "agent", "validation and records", "checkpoints"
@@ -132,6 +127,8 @@ class Flags:
                               path, UNSAVED, metavar="FILE")
     print_config: bool = flag(RUN, False, "print the resolved flags as JSON and leave; nothing is written",
                               resume=UNSAVED)
+    recipe: str | None = flag(RUN, None, "settings that go together; other flags are stronger. gpu: for one card",
+                              tuple(RECIPES), UNSAVED)
     epochs: int = flag(RUN, 20, "passes over all episodes", whole(1), FREE)
     max_batches: int = flag(RUN, 0, "batches an epoch at most; 0: all", whole(0))
     time_budget: float = flag(RUN, 0.0, "seconds for the whole command, final validation included (about); 0: no limit",
@@ -149,10 +146,16 @@ class Flags:
 
     data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, generated, a JSON file, a zip or a folder",
                      path, FREE)
+    extra_data: str | None = flag(DATA, None, "train on these too, never validate: generated, or a file or folder of "
+                                  "tasks with many pairs", path)
     families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known (default), all, or names, "
                                      "comma-separated", family_list)
-    tasks: int = flag(DATA, 20, "of --data generated: tasks of each family", whole(1, 10_000))
+    tasks: int = flag(DATA, 20, "of --data generated: tasks of each family; 0: fresh ones without end",
+                      whole(0, 10_000))
     pairs: int = flag(DATA, 4, "of --data generated: demonstrations of a task", whole(2, 30))
+    queries: int = flag(DATA, 4, "of --data generated: fresh pairs that are asked after one reading of a context",
+                        whole(1, 1024))
+    episodes: int = flag(DATA, 8192, "of --data generated: contexts an epoch", whole(1))
     max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
                        "of --data if it has no others), never on their test outputs")
@@ -208,9 +211,12 @@ class Flags:
     optim_qwen: str = flag(FIX_1, "adamw", "adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
                            ("adamw", "adamw8bit"), also=("--optim",))
     gradient_checkpointing: bool = flag(FIX_1, False, "less memory for Qwen, a third more time", resume=FREE)
+    context_text: str = flag(FIX_1, "grids", "how Qwen reads a pair: grid after grid, or cell by cell",
+                             ("grids", "cells"))
     max_context_tokens: int = flag(FIX_1, 1536, "Qwen reads whole pairs up to this", whole(16))
     prompt_len: int = flag(FIX_1, 4, "K, vectors of a prompt", whole(1, 64))
     prompt_dim: int = flag(FIX_1, 128, "D, their width", whole(4, 4096))
+    task_latent: bool = flag(FIX_1, False, "a learned vector a training task beside Qwen's prompt, dropped at random")
 
     policy_lr: float = flag(FIX_26, 1e-3, "learning rate of the policy", real(0, 100, above=True))
     policy_objective: str = flag(FIX_26, "expected", "expected reward by back-propagation, or score function with "
@@ -269,8 +275,8 @@ def expand(args: Flags, typed: set[str], given: set[str]) -> None:
         vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in explicit})
     if (args.adapt or args.dev) and "val_splits" not in (typed if {"adapt", "dev"} & typed else given):
         args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
-    if args.data == GENERATED and "unseen" not in given:
-        args.unseen = GENERATED
+    for settings in (RECIPES.get(args.recipe or "", {}), recipes.DRAWN if args.data == GENERATED else {}):
+        vars(args).update({name: value for name, value in settings.items() if name not in given})
     if {"qwen", "qwen_tune"} & typed and "qwen_lr" not in typed and not args.old:
         args.qwen_lr = None  # the config's is that of another model
         given.discard("qwen_lr")
@@ -581,6 +587,7 @@ class Run:
     agent: GridAgent
     policy: PromptPolicy
     memory: MemoryBank
+    latent: TaskLatent | None
     optimizer: JointOptimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
@@ -593,7 +600,8 @@ class Run:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        return {"agent": self.agent, "qwen": self.qwen, "policy": self.policy, "memory": self.memory}
+        parts = {"agent": self.agent, "qwen": self.qwen, "policy": self.policy, "memory": self.memory}
+        return parts if self.latent is None else {**parts, "latent": self.latent}
 
     def memory_row(self) -> dict[str, Any]:
         """What metrics.jsonl has of the memory (FIX 5)."""
@@ -618,11 +626,17 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
     agent = GridAgent(NUM_TABLES, NUM_RULES, args.prompt_len, args.prompt_dim, **shape).to(device)
     policy = PromptPolicy(args.prompt_len, args.prompt_dim).to(device)
     memory = MemoryBank(args.memory_size, qwen.embedding_dim, args.prompt_len, args.prompt_dim).to(device)
-    optimizer, average = build_optimizer(args, qwen, agent, policy, memory)
+    latent = None
+    if args.task_latent:  # an evaluation has other tasks, but the same weights
+        trained = checkpoint.state["extra"]["data"]["tasks"] if checkpoint else len(chosen.training)
+        latent = TaskLatent(trained, args.prompt_len, args.prompt_dim).to(device)
+    optimizer, average = build_optimizer(args, qwen, agent, policy, memory, latent)
     store = NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence")
     predicted += all_tasks(chosen.data) if args.submission else []
     state = TrainState()
-    budget = Budget(args.time_budget, started, functools.partial(prediction_cost, args, predicted, store))
+    budget = Budget(
+        args.time_budget, started, functools.partial(prediction_cost, args, predicted, len(chosen.splits), store)
+    )
     return Run(
         args=args,
         log=log,
@@ -638,6 +652,7 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
         agent=agent,
         policy=policy,
         memory=memory,
+        latent=latent,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.scale_loss),  # FIX 7
         average=average,
@@ -663,6 +678,7 @@ def build_prompt_reader(
         max_context_tokens=args.max_context_tokens,
         tune="frozen" if 1 in args.ablate else args.qwen_tune,
         lora_rank=args.lora_rank,
+        context_text=args.context_text,
         revision=revision,
         gradient_checkpointing=args.gradient_checkpointing,
         cache_dir=Path(args.cache_dir),
@@ -681,11 +697,18 @@ def build_prompt_reader(
 
 
 def build_optimizer(
-    args: Flags, qwen: QwenPrompt, agent: GridAgent, policy: PromptPolicy, memory: MemoryBank
+    args: Flags,
+    qwen: QwenPrompt,
+    agent: GridAgent,
+    policy: PromptPolicy,
+    memory: MemoryBank,
+    latent: TaskLatent | None,
 ) -> tuple[JointOptimizer, WeightAverage | None]:
     """Named groups with rates of their own, and the averaged weights (without a large Qwen that trains whole)."""
     groups: dict[str, nn.Module] = {"agent": agent, "policy": nn.ModuleDict({"policy": policy, "memory": memory})}
     rates = {"agent": args.agent_lr, "policy": args.policy_lr}
+    if latent is not None:
+        groups["latent"], rates["latent"] = latent, args.agent_lr
     if 1 not in args.ablate:  # FIX 1: Qwen is a group of its own
         assert args.qwen_lr is not None
         groups["qwen"], rates["qwen"] = qwen, args.qwen_lr
@@ -750,9 +773,10 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
 def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, Tensor]:
     """Qwen reads each context once: prompt (G, K, D) with what the memory adds, and the context's embedding (G, E)."""
     prompt, embedding = run.qwen(batch.context_ids, batch.context_lengths)
-    if run.args.no_memory:
-        return prompt.float(), embedding
-    return prompt.float() + run.memory.read(embedding, batch.task), embedding
+    prompt = prompt.float()
+    if run.latent is not None:
+        prompt = prompt + run.latent(batch.task, batch.keep if isinstance(batch, TrainBatch) else None)
+    return prompt if run.args.no_memory else prompt + run.memory.read(embedding, batch.task), embedding
 
 
 def reward_with_gradient(
@@ -810,7 +834,8 @@ def train(run: Run) -> None:
     while state.epoch < args.epochs:
         started, in_time = time.monotonic(), True
         if not state.trained:
-            sampler.batches, sampler.epoch, sampler.start = epoch_order(run), state.epoch, state.batch
+            sampler.epoch, sampler.start = state.epoch, state.batch
+            sampler.batches = epoch_order(args, run.training, state.epoch)
             in_time = train_epoch(run, loader, len(sampler.batches))
         validated = not in_time or state.epoch + 1 == args.epochs
         validated = validated or bool(args.val_every and (state.epoch + 1) % args.val_every == 0)
@@ -883,38 +908,16 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
 def training_data(run: Run) -> EpisodeData:
     """What the loader builds training batches with."""
-    args = run.args
-    return EpisodeData(
-        run.training,
-        run.store,
-        run.qwen.encoder,
-        seed=args.seed,
-        views=args.views,
-        augment=args.augment,
-        feedback_pairs=args.feedback_pairs,
-        refined_views=args.refined_views,
-    )
-
-
-def epoch_order(run: Run) -> list[tuple[Episode, ...]]:
-    """This epoch's batches: a pure function of tasks, seed and epoch."""
-    args = run.args
-    batches = epoch_batches(
-        run.training,
-        seed=args.seed,
-        epoch=run.state.epoch,
-        batch_size=args.batch_size,
-        views=args.views,
-        max_cells=args.max_cells,
-    )
-    return batches[: args.max_batches or None]
+    return EpisodeData.of(run.args, run.training, run.store, run.qwen.encoder)
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
     """Predict and score every chosen split. Under --time_budget in the time that is left (half of it, if all test
     inputs have to be predicted for --submission afterwards)."""
-    deadline = part_of(run.budget.deadline, 1, 2 if run.args.submission else 1)
-    return score_splits(predict_splits(run, run.splits, deadline), LABELS, run.log)
+    deadline, began = part_of(run.budget.deadline, 1, 2 if run.args.submission else 1), time.monotonic()
+    predicted = predict_splits(run, run.splits, deadline)
+    run.budget.last_prediction = time.monotonic() - began
+    return score_splits(predicted, LABELS, run.log)
 
 
 def predict_splits(
@@ -990,7 +993,8 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
 
 def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
     """The modules by the name they have in a checkpoint."""
-    return {"agent": run.agent, "policy": run.policy, "memory": run.memory, **run.qwen.saved_parts()}
+    own = {name: module for name, module in run.modules.items() if name != "qwen"}
+    return {**own, **run.qwen.saved_parts()}
 
 
 def save_checkpoint(run: Run, *, wait: bool = False) -> None:

@@ -23,7 +23,8 @@ from arc.evidence import CLASS_WEIGHTS
 from arc.tasks import MAX_SIDE, NUM_COLOURS
 
 MIXTURE_FLOOR = 0.003  # probability mass that every colour keeps in the table mixture
-SIZE_FLOOR = 1e-6  # likewise for every size
+SIZE_FLOOR = 1e-4  # likewise for every size
+LOOK_SHARE = -7.0  # logit of the heads' share in the mixture, to begin with: too little to outvote a table
 SILENT = -1e4  # logit of a table that says nothing; finite, so that a cell no table speaks about is no NaN
 
 
@@ -124,9 +125,9 @@ def voted_grid(query: QueryBatch) -> Tensor:
 
 
 def rotary_tables(head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (30, head_dim // 4): angles of positions 0..29 for one axis (RoFormer, arXiv:2104.09864)."""
+    """cos and sin, each (60, head_dim // 4): angles of positions -30..29 of one axis (RoFormer, arXiv:2104.09864)."""
     frequencies = 10.0 ** -torch.linspace(0, 1.5, head_dim // 4)  # grids are at most 30 wide: no need for slow ones
-    angles = torch.arange(MAX_SIDE)[:, None] * frequencies * (math.pi / 2)
+    angles = torch.arange(-MAX_SIDE, MAX_SIDE)[:, None] * frequencies * (math.pi / 2)
     return angles.cos(), angles.sin()
 
 
@@ -136,12 +137,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+@dataclass
+class Places:
+    """Where tokens stand, as rotary angles: cos and sin (B, 1 or heads, L, head width // 2), of queries and of keys.
+
+    With a multiple of eight heads each of them sees the input under another symmetry of the square: at distance zero
+    from a cell of the output stands the input's cell that the symmetry brings there. So mirroring and turning are a
+    matter of choosing a head, as shifting is of choosing a distance.
+    """
+
+    query: tuple[Tensor, Tensor]
+    key: tuple[Tensor, Tensor]
+
+
 class Block(nn.Module):
-    """Pre-norm attention and squared-ReLU MLP, shift and scale set by the condition (adaLN, arXiv:2212.09748)."""
+    """Pre-norm attention and squared-ReLU MLP, shift and scale set by the condition (adaLN, arXiv:2212.09748), which
+    also sets how sharply each head looks and how much it counts."""
 
     def __init__(self, width: int, heads: int, condition: int) -> None:
         super().__init__()
         self.heads = heads
+        self.looking = nn.Linear(condition, 2 * heads)  # log-sharpness and gain of each head
+        nn.init.zeros_(self.looking.weight)
+        with torch.no_grad():  # the best match scores 8, whatever the heads' width
+            self.looking.bias.zero_()[:heads] = math.log(8 / math.sqrt(width // heads))
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
@@ -152,15 +171,23 @@ class Block(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, W), condition (B, C), mask (B, 1, 1, L) additive or None -> (B, L, W)."""
+    def forward(
+        self, x: Tensor, condition: Tensor, places: Places, mask: Tensor | None, colours: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, L, W), condition (B, C), mask (B, 1, 1, L) additive or None, colours (B, L, 10) of the input, one-hot
+        -> (B, L, W), and the colours that each head looked at (B, heads, L, 10)."""
         shift_a, scale_a, shift_m, scale_m = self.modulation(condition)[:, None].chunk(4, dim=-1)  # (B, 1, W) each
         normed = F.rms_norm(x, x.shape[-1:]) * (1 + scale_a) + shift_a
         q, k, v = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d)
-        q, k = (rotate(F.rms_norm(t, t.shape[-1:]), cos, sin) for t in (q, k))  # QK-norm keeps bf16 scores in range
-        x = x + self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        sharpness, gain = self.looking(condition)[:, :, None, None].chunk(2, dim=1)  # (B, heads, 1, 1) each
+        # QK-norm keeps bf16 scores in range
+        q = rotate(F.rms_norm(q, q.shape[-1:]), *places.query) * sharpness.clamp(max=2).exp()
+        k = rotate(F.rms_norm(k, k.shape[-1:]), *places.key)
+        seen = torch.cat((v, colours[:, None].to(v.dtype).expand(-1, self.heads, -1, -1)), -1)
+        values, looked_at = attend(q, k, seen, mask).split((v.shape[-1], NUM_COLOURS), -1)
+        x = x + self.out((values * (1 + gain)).transpose(1, 2).flatten(2))
         normed = F.rms_norm(x, x.shape[-1:]) * (1 + scale_m) + shift_m
-        return x + self.down(F.relu(self.up(normed)).square())
+        return x + self.down(F.relu(self.up(normed)).square()), looked_at
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,7 +223,8 @@ class GridAgent(nn.Module):
         super().__init__()
         if width % heads or (width // heads) % 4:
             raise ValueError(f"agent width {width} must be a multiple of 4 * heads ({4 * heads})")
-        self.num_tables, self.passes, condition = num_tables, passes, width
+        self.num_tables, self.heads, self.passes = num_tables, heads, passes
+        condition = max(width, 128)  # narrow agents too: it carries all that is known of the task
         prompt = prompt_len * prompt_dim
         # cells -> tokens: 3x3 input colours, each table's class and whether it agrees with the vote, the vote, flags
         self.neighbour_embedding = nn.Linear(9 * (NUM_COLOURS + 1), width, bias=False)
@@ -220,7 +248,12 @@ class GridAgent(nn.Module):
         self.sharpness = nn.Linear(condition, 2)  # of the mixture, and strength of copying the input
         self.rule_trust = nn.Linear(condition, num_rules)
         self.rule_record = nn.Parameter(torch.zeros(2))
+        self.size_features = nn.Linear(width + 2 * MAX_SIDE, width)
+        self.size_condition = nn.Linear(condition, width)
         self.size_head = nn.Linear(width, 2 * MAX_SIDE)
+        # the colours that the heads look at are further sources of the mixture, beside the tables
+        self.look_trust = nn.Linear(condition, heads + 1)  # each head's, and the share of them all
+        self.look_at_cell = nn.Linear(width, heads + 1, bias=False)
         for layer in (
             self.task_trust,
             self.cell_trust,
@@ -229,10 +262,14 @@ class GridAgent(nn.Module):
             self.rule_trust,
             self.size_head,
             self.read_back,
+            self.look_trust,
+            self.look_at_cell,
         ):
             nn.init.zeros_(layer.weight)
         for layer in (self.task_trust, self.head, self.sharpness, self.rule_trust, self.size_head):
             nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.look_trust.bias.zero_()[-1] = LOOK_SHARE
         # Not zero: a prompt that moves nothing at the start would leave Qwen without gradient in the first step (fix
         # 1). Half a nat: from 0.02, refinement found too little to hold on to (development split).
         nn.init.normal_(self.prompt_trust.weight, std=0.5 / math.sqrt(prompt))
@@ -245,7 +282,7 @@ class GridAgent(nn.Module):
     @property
     def description(self) -> str:
         """One line of a run's opening."""
-        count, width = sum(p.numel() for p in self.parameters()), self.condition.in_features
+        count, width = sum(p.numel() for p in self.parameters()), self.head.in_features
         return f"Agent: {count:,} parameters, {len(self.blocks)} blocks x {self.passes} passes, width {width}"
 
     def forward(self, query: QueryBatch, prompt: Tensor, *, reverse: bool = False) -> AgentOutput:
@@ -265,7 +302,7 @@ class GridAgent(nn.Module):
         token = self.embed_cells(query, says, confidence, trust)  # (B, L, W)
         sharpness, copying = self.sharpness(condition).float()[:, None].unbind(-1)  # (B, 1)
         copied = F.one_hot(query.neighbours[..., 4].long(), NUM_COLOURS + 1)[..., :NUM_COLOURS]  # (B, L, 10)
-        cos, sin = (self.positions(table, query) for table in (self.cos, self.sin))
+        places = self.places(query)
         mask = None
         if query.padded:
             mask = torch.zeros_like(query.valid, dtype=torch.float32).masked_fill(~query.valid, -1e4)[:, None, None]
@@ -273,10 +310,13 @@ class GridAgent(nn.Module):
         x = token
         for _ in range(self.passes):
             for block in self.blocks:
-                x = block(x, condition, cos, sin, mask)
+                x, looked_at = block(x, condition, places, mask, copied)
             normed = F.rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5  # length 1
             trusted = F.linear(normed, self.cell_trust.weight[tables]).float()  # (B, L, T)
-            mixture = table_mixture(trust + trusted, says)  # (B, L, 10)
+            looks = (self.look_trust(condition)[:, None] + self.look_at_cell(normed)).float()  # (B, L, heads + 1)
+            share = torch.where((confidence > 0).any(-1), looks[..., -1].sigmoid(), 1.0)[..., None]
+            found = torch.einsum("blh,bhlc->blc", looks[..., :-1].softmax(-1), looked_at.float())
+            mixture = (1 - share) * table_mixture(trust + trusted, says) + share * found  # (B, L, 10)
             own = self.head(normed).float() + copying[..., None] * copied
             logits.append(own + (1 + sharpness)[..., None] * torch.log(mixture + MIXTURE_FLOOR))
             x = x + self.read_back(logits[-1].softmax(-1))
@@ -318,9 +358,21 @@ class GridAgent(nn.Module):
             + self.vote_embedding(torch.cat((torch.log(vote + MIXTURE_FLOOR), flags), -1))
         )
 
-    def positions(self, table: Tensor, query: QueryBatch) -> Tensor:
-        """(B, 1, L, head_dim // 2): the rotary table looked up by row and by column."""
-        return torch.cat((table[query.row.long()], table[query.column.long()]), -1)[:, None]
+    def places(self, query: QueryBatch) -> Places:
+        """Rotary positions of the query's cells; under each head's symmetry, where there are heads for all."""
+        place = torch.stack((query.row, query.column), -1).long()[:, None]  # (B, 1, L, 2)
+        turned = [place]
+        if self.heads % 8 == 0:
+            rows, columns = place.unbind(-1)
+            height, width = (query.in_size[:, None, None] - 1).unbind(-1)  # (B, 1, 1) each
+            mirrored = [(a, b) for a in (rows, height - rows) for b in (columns, width - columns)]
+            turned = [torch.stack(pair, -1) for a, b in mirrored for pair in ((a, b), (b, a))] * (self.heads // 8)
+        return Places(self.angles(place), self.angles(torch.cat(turned, 1)))
+
+    def angles(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of place (B, n, L, 2), which may lie up to a grid's side outside: (B, n, L, head_dim // 2)."""
+        at = place + MAX_SIDE
+        return self.cos[at].flatten(-2), self.sin[at].flatten(-2)
 
     def size_logits(self, query: QueryBatch, condition: Tensor, normed: Tensor) -> Tensor:
         """(B, 30, 30): log of the rules' weighted vote for each size, plus a learned correction of each side."""
@@ -335,7 +387,9 @@ class GridAgent(nn.Module):
         votes = votes.scatter_add(1, places, weights).unflatten(1, (MAX_SIDE, MAX_SIDE))
         real = query.valid[..., None].to(normed.dtype)
         pooled = (normed * real).sum(1) / real.sum(1)
-        side = self.size_head(pooled).float().unflatten(-1, (2, MAX_SIDE))
+        sides = F.one_hot(query.in_size - 1, MAX_SIDE).flatten(1).to(pooled.dtype)  # (B, 60)
+        features = self.size_features(torch.cat((pooled * pooled.shape[-1] ** 0.5, sides), -1))
+        side = self.size_head(F.silu(features + self.size_condition(condition))).float().unflatten(-1, (2, MAX_SIDE))
         return torch.log(votes + SIZE_FLOOR) + side[:, 0, :, None] + side[:, 1, None, :]
 
 

@@ -1,4 +1,4 @@
-"""From episodes to batches of agent queries: order of an epoch, evidence under an augmentation, collation.
+"""Batches of agent queries: evidence under an augmentation, collation, what is predicted.
 
 A *query* is one input grid whose output the agent shall predict, seen under one augmentation. Queries of very different
 sizes meet in one batch as flat token sequences (one token a canvas cell, row-major, coordinates carried along), so the
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc.augment import Augmentation, sample_augmentation
+from arc.augment import Augmentation
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, augment_evidence, feedback_indices
 from arc.tasks import MAX_SIDE, Grid, Task
 
@@ -50,8 +50,10 @@ class Query:
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """Rows and columns of the smallest rectangle that holds input and predicted output."""
-        return max(self.grid.shape[0], self.out_size[0]), max(self.grid.shape[1], self.out_size[1])
+        """Rows and columns of the smallest rectangle that holds input and output as far as they are known."""
+        (height, width), (rows, columns) = self.grid.shape, self.out_size
+        more = self.evidence.room if self.evidence is not None else (1, 1)
+        return max(height, rows, more[0]), max(width, columns, more[1])
 
     @property
     def cells(self) -> int:
@@ -121,6 +123,7 @@ class QueryBatch(TensorBundle):
     rule_sizes: Tensor  # (B, R, 2)
     rule_features: Tensor  # (B, R, 2) float32
     rule_logits: Tensor  # (B, R) float32, -inf where a rule does not apply
+    in_size: Tensor  # (B, 2) int64
     out_size: Tensor  # (B, 2) int64
     canvas: Tensor  # (B, 2) int64
     dihedral: Tensor  # (B,) int64
@@ -209,6 +212,7 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
         "rule_sizes": rule_sizes,
         "rule_features": rule_features,
         "rule_logits": rule_logits,
+        "in_size": np.array([query.grid.shape for query in queries], np.int64),
         "out_size": np.array([query.out_size for query in queries], np.int64),
         "canvas": np.array([query.canvas for query in queries], np.int64),
         "dihedral": np.array([query.augmentation.dihedral for query in queries], np.int64),
@@ -245,157 +249,6 @@ def collate_in_buckets(queries: Sequence[Query]) -> list[QueryBatch]:
             buckets.append([])
         buckets[-1].append(query)
     return [collate_queries(bucket) for bucket in buckets]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the order of an epoch: a pure function of (tasks, seed, epoch)
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Episode:
-    """Task number `task` with demonstration `held_out` as the query; `index` keys its augmentations."""
-
-    task: int
-    held_out: int
-    index: int
-
-
-def all_episodes(tasks: Sequence[Task]) -> list[Episode]:
-    """Every demonstration of every task held out once; tasks with one demonstration give one episode without
-    context."""
-    keys = [(number, held_out) for number, task in enumerate(tasks) for held_out in range(len(task.train))]
-    return [Episode(task, held_out, index) for index, (task, held_out) in enumerate(keys)]
-
-
-def episode_cells(task: Task, held_out: int) -> int:
-    """Tokens that this episode is expected to need (exact when the evidence predicts the right size)."""
-    pair = task.train[held_out]
-    assert pair.output is not None
-    rows = max(pair.input.shape[0], pair.output.shape[0])
-    columns = max(pair.input.shape[1], pair.output.shape[1])
-    return rows * columns
-
-
-VIEW_CELLS = 1024  # tokens that the views of one episode take together, about: large grids get fewer views
-
-
-def views_of(cells: int, views: int) -> int:
-    """How many views an episode of `cells` tokens gets: `views`, fewer for a large grid, at least one."""
-    return max(1, min(views, VIEW_CELLS // cells))
-
-
-def epoch_batches(
-    tasks: Sequence[Task], *, seed: int, epoch: int, batch_size: int, views: int, max_cells: int
-) -> list[tuple[Episode, ...]]:
-    """The batches of one epoch: every episode once, similar sizes together, the order of batches shuffled.
-
-    A batch holds at most `batch_size` queries (`views` an episode) and at most `max_cells` padded tokens, but always
-    at least one episode. Small grids therefore come in larger batches.
-    """
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0xBA7C])))
-    episodes = all_episodes(tasks)
-    generator.shuffle(episodes)
-    cells = {episode: episode_cells(tasks[episode.task], episode.held_out) for episode in episodes}
-    batches: list[tuple[Episode, ...]] = []
-    window = 32 * max(1, batch_size // views)  # sorting inside a window keeps batches varied from epoch to epoch
-    for start in range(0, len(episodes), window):
-        ordered = sorted(episodes[start : start + window], key=lambda episode: (cells[episode], episode.index))
-        batch: list[Episode] = []
-        queries = 0
-        for episode in ordered:
-            more = views_of(cells[episode], views)
-            padded = (queries + more) * cells[episode]  # sorted ascending: the newest is the longest
-            if batch and (queries + more > batch_size or padded > max_cells):
-                batches.append(tuple(batch))
-                batch, queries = [], 0
-            batch.append(episode)
-            queries += more
-        batches.append(tuple(batch))
-    order = generator.permutation(len(batches))
-    return [batches[i] for i in order]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# training batches, built in DataLoader workers
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainBatch(TensorBundle):
-    """G episodes with up to V views each, B queries in all, plus the context pairs that give feedback."""
-
-    context_ids: Tensor  # (G, S) int64 token ids of the context's text, right-padded
-    context_lengths: Tensor  # (G,) int64
-    task: Tensor  # (G,) int64 task number
-    query: QueryBatch  # B queries; owner says which of the G episodes
-    feedback: list[QueryBatch]  # context pairs as queries, the true query's output in none of their evidence
-    first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
-    refined: Tensor  # (n,) int64 indices of the queries that are answered under the refined prompt too
-
-    def cell_counts(self) -> dict[str, int]:
-        """Real and processed cells of the agent's passes."""
-        counts = [part.cell_counts() for part in (self.query, *self.feedback)]
-        return {"cells": sum(real for real, _ in counts), "cells_processed": sum(processed for _, processed in counts)}
-
-
-class EpisodeData(torch.utils.data.Dataset):
-    """Maps a batch of episodes to a `TrainBatch`. Runs in DataLoader workers; a pure function of its arguments.
-
-    encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py). refined_views: how many views of an
-    episode are answered under the refined prompt too; the others would teach the agent nearly the same a second time.
-    """
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        store: EvidenceStore,
-        encode: Any,
-        *,
-        seed: int,
-        views: int,
-        augment: str,
-        feedback_pairs: int,
-        refined_views: int,
-    ) -> None:
-        self.tasks, self.store, self.encode = tasks, store, encode
-        self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
-        self.refined_views = refined_views
-
-    def __getitem__(self, key: tuple[int, tuple[Episode, ...]]) -> TrainBatch:
-        epoch, episodes = key
-        texts: list[Sequence[int]] = []
-        queries: list[Query] = []
-        feedback: list[Query] = []
-        first_view: list[int] = []
-        refined: list[int] = []
-        for owner, episode in enumerate(episodes):
-            task = self.tasks[episode.task]
-            known, held_out = self.store.get(task), episode.held_out
-            pair = task.train[held_out]
-            views = views_of(episode_cells(task, held_out), self.views)
-            first_view.append(len(queries))
-            refined += range(len(queries), len(queries) + min(views, self.refined_views))
-            for view in range(views):
-                augmentation = sample_augmentation(self.seed, epoch, episode.index * self.views + view, self.augment)
-                queries.append(make_query(pair.input, pair.output, known.held_out(held_out), augmentation, owner))
-            for other in feedback_indices(len(task.train), held_out, self.feedback_pairs):
-                context_pair = task.train[other]
-                evidence = known.held_out(other, without=held_out)
-                feedback.append(
-                    make_query(context_pair.input, context_pair.output, evidence, Augmentation.IDENTITY, owner)
-                )
-            texts.append(self.encode(context_pairs(task, held_out)))
-        ids, lengths = pad_ids(texts)
-        return TrainBatch(
-            context_ids=ids,
-            context_lengths=lengths,
-            task=torch.tensor([episode.task for episode in episodes]),
-            query=collate_queries(queries),
-            feedback=collate_in_buckets(feedback),
-            first_view=torch.tensor(first_view),
-            refined=torch.tensor(refined),
-        )
 
 
 @dataclass

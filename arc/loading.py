@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from arc.batches import Episode
+from arc.episodes import Drawn, Episode
 from arc.evidence import EvidenceStore
 from arc.tasks import Task
 
@@ -25,10 +25,10 @@ class WorkerLost(RuntimeError):
 class EpochSampler(torch.utils.data.Sampler):
     """Yields (epoch, batch) keys of one epoch from batch `start` on: how a resumed run enters in mid-epoch."""
 
-    def __init__(self, batches: Sequence[tuple[Episode, ...]], epoch: int, start: int = 0) -> None:
+    def __init__(self, batches: Sequence[tuple[Episode | Drawn, ...]], epoch: int, start: int = 0) -> None:
         self.batches, self.epoch, self.start = batches, epoch, start
 
-    def __iter__(self) -> Iterator[tuple[int, tuple[Episode, ...]]]:
+    def __iter__(self) -> Iterator[tuple[int, tuple[Episode | Drawn, ...]]]:
         for batch in self.batches[self.start :]:
             yield self.epoch, batch
 
@@ -39,6 +39,11 @@ class EpochSampler(torch.utils.data.Sampler):
 def worker_count(asked: int) -> int:
     """--workers, by default (-1) one less than there are cores, between 1 and 4."""
     return asked if asked >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
+
+
+def waiting_workers(asked: int) -> int:
+    """The same for work that this process only waits for: by default its own core is free for one more."""
+    return asked if asked >= 0 else min(8, os.cpu_count() or 1)
 
 
 def make_loader(data: torch.utils.data.Dataset, sampler: Any, *, workers: int, pin_memory: bool) -> DataLoader:

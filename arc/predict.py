@@ -25,7 +25,7 @@ from arc.evaluate import (
     vote,
 )
 from arc.evidence import EvidenceStore
-from arc.loading import batches_of, make_loader, worker_count
+from arc.loading import batches_of, make_loader, waiting_workers, worker_count
 from arc.qwen import ContextEncoder
 from arc.refine import Act, cross_fitted, held_out_loss
 from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
@@ -219,16 +219,16 @@ class Effort(Protocol):
     workers: int
 
 
-def prediction_cost(args: Effort, tasks: Sequence[Task], store: EvidenceStore) -> PredictionCost:
-    """What predicting the tasks' test pairs takes, from sizes that are known beforehand."""
+def prediction_cost(args: Effort, tasks: Sequence[Task], splits: int, store: EvidenceStore) -> PredictionCost:
+    """What predicting the test pairs of the tasks of so many splits takes, from sizes that are known beforehand."""
     views = args.val_views + (STEP_VIEWS * args.refine_steps if args.refine_steps > 1 else 0)
     cells = 0.0
     for task in tasks:
         demonstrations = [pair.input.size for pair in task.train]
         cells += views * sum(pair.input.size for pair in task.test) + TRIAL_VIEWS * sum(demonstrations)
         cells += 0.0 if args.no_policy else FEEDBACK_VIEWS * sum(demonstrations[: args.feedback_pairs])
-    missing = sum(not store.is_prepared(task) for task in tasks) / max(1, worker_count(args.workers))
-    return PredictionCost(cells, missing)
+    missing = sum(not store.is_prepared(task) for task in tasks) / max(1, waiting_workers(args.workers))
+    return PredictionCost(cells, missing, sum(len(task.test) for task in tasks), splits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,14 +266,17 @@ class Predictor:
         predict = functools.partial(self.batch, torch.tensor(split.numbers), {})
         if not math.isfinite(deadline):
             return predict_tasks(tasks, self.load(data, order, f"predicting {split.name}"), predict, self.store)
-        prepared = self.load(Prepared(tasks, self.store), order, f"evidence of {split.name}")
+        prepared: Iterable[Sequence[int]] = order
+        if not all(map(self.store.is_prepared, tasks)):
+            workers = waiting_workers(args.workers)
+            prepared = self.load(Prepared(tasks, self.store), order, f"evidence of {split.name}", workers)
         known = answers_in_time(tasks, prepared, self.store, deadline)
         rounds = self.load(data, rounds_of(order, len(views)), f"predicting {split.name}")
         return predict_tasks(tasks, until(rounds, deadline), predict, self.store, known)
 
-    def load(self, source: Dataset, keys: Sequence[Any], what: str) -> Iterable[Any]:
+    def load(self, source: Dataset, keys: Sequence[Any], what: str, workers: int | None = None) -> Iterable[Any]:
         """The data set's batches by `keys`, prepared by workers, under a bar that says `what`."""
-        workers = worker_count(self.args.workers)
+        workers = worker_count(self.args.workers) if workers is None else workers
         loader = make_loader(source, keys, workers=workers, pin_memory=self.device.type == "cuda")
         return self.log.bar(batches_of(loader), total=len(keys), desc=what, unit="batch")
 

@@ -10,6 +10,14 @@ Text of a context (`pair_text`): a header, then each pair's input (I) and output
     66
     77
 
+Or, with `--context_text cells`, cell by cell: a line for each row of the smallest rectangle that holds both grids, and
+in it for each cell its input colour as a digit and its output colour as a letter, a for 0; . and - where there is none.
+What becomes of a cell then stands in one place, which a small model finds much sooner (`cells_text`):
+
+    I
+    0g1g2-      the pair above
+    3h4h5-
+
 K learned query vectors follow the text; their last hidden states, projected, are the prompt. Gradient flows through the
 whole model into the token embeddings at every step.
 
@@ -24,12 +32,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arc.lora import Adapter, Base
-from arc.qwen_source import embedding_of, load_backbone, load_tokenizer, locate, quiet, seeded, weight_files
+from arc.qwen_source import (
+    INPUTS,
+    OUTPUTS,
+    embedding_of,
+    load_backbone,
+    load_tokenizer,
+    locate,
+    quiet,
+    seeded,
+    weight_files,
+)
 from arc.run.files import UserError
 from arc.tasks import Grid
 
@@ -38,6 +57,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Tune = Literal["full", "lora", "frozen"]  # what of Qwen trains; the queries and the projection do in any case
+
+NO_CELL = 10  # the place of . and - in INPUTS and OUTPUTS
+ContextText = Literal["grids", "cells"]
 
 HEADER = "IO\n"
 
@@ -51,8 +73,19 @@ def grid_text(grid: Grid) -> str:
 
 
 def pair_text(pair: tuple[Grid, Grid]) -> str:
-    """One demonstration pair (input, output) as text."""
+    """One demonstration pair (input, output) as text, grid after grid."""
     return f"I\n{grid_text(pair[0])}O\n{grid_text(pair[1])}"
+
+
+def cells_text(pair: tuple[Grid, Grid]) -> str:
+    """One demonstration pair (input, output) as text, both grids cell by cell."""
+    shape = tuple(max(sides) for sides in zip(*(grid.shape for grid in pair), strict=True))
+    before, after = (np.full(shape, NO_CELL) for _ in pair)
+    for whole, grid in zip((before, after), pair, strict=True):
+        whole[: grid.shape[0], : grid.shape[1]] = grid
+    rows = zip(before.tolist(), after.tolist(), strict=True)
+    lines = ("".join(INPUTS[a] + OUTPUTS[b] for a, b in zip(*row, strict=True)) for row in rows)
+    return "I\n" + "".join(f"{line}\n" for line in lines)
 
 
 class ContextEncoder:
@@ -64,8 +97,15 @@ class ContextEncoder:
     UserError if not even the header fits.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        log: Callable[[str], None] | None = None,
+        text: ContextText = "grids",
+    ) -> None:
         self._tokenizer, self.max_tokens, self._log = tokenizer, max_tokens, log
+        self._text = {"grids": pair_text, "cells": cells_text}[text]
         self._header = self._ids(HEADER)
         if max_tokens < len(self._header):
             raise UserError(f"--max_context_tokens {max_tokens}: the empty context alone takes {len(self._header)}")
@@ -75,7 +115,7 @@ class ContextEncoder:
 
     def __call__(self, pairs: Sequence[tuple[Grid, Grid]]) -> list[int]:
         """Token ids of the context made of `pairs`, each (input, output)."""
-        parts = [self._ids(pair_text(pair)) for pair in pairs]
+        parts = [self._ids(self._text(pair)) for pair in pairs]
         room, kept = self.max_tokens - len(self._header), []
         for index in sorted(range(len(parts)), key=lambda i: len(parts[i])):
             if (room := room - len(parts[index])) < 0:
@@ -126,10 +166,11 @@ class QwenPrompt(nn.Module):
         log: Callable[[str], None],
         base: Base | None = None,
         lora_rank: int = 16,
+        context_text: ContextText = "grids",
     ) -> None:
         super().__init__()
         self.backbone, self.tokenizer, self.name, self.is_tiny, self.tune = backbone, tokenizer, name, is_tiny, tune
-        self.encoder = ContextEncoder(tokenizer.backend_tokenizer, max_context_tokens, log)
+        self.encoder = ContextEncoder(tokenizer.backend_tokenizer, max_context_tokens, log, context_text)
         self._origin, self.base = origin, base
         self.embedding_dim: int = backbone.config.hidden_size
         # Queries of the size of a token's embedding, outputs of unit size.
@@ -266,6 +307,7 @@ def build_qwen(
     seed: int,
     log: Callable[[str], None] = print,
     revision: str = "",
+    context_text: ContextText = "grids",
 ) -> QwenPrompt:
     """Find, load and wrap the model that --qwen names; on the CPU, in train mode. torch's random state is left alone.
 
@@ -305,6 +347,7 @@ def build_qwen(
             log=log,
             base=base,
             lora_rank=lora_rank,
+            context_text=context_text,
         )
 
 

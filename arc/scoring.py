@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from arc.evaluate import (
     PairResult,
     SplitScore,
     cell_accuracy,
+    exact,
     paired_delta,
     score_split,
     two_attempts,
     write_submission,
 )
+from arc.generate import origin
 from arc.predict import PairPrediction, all_attempts
 from arc.run.runlog import RunLog
 from arc.splits import Split
@@ -32,7 +35,7 @@ from arc.tasks import Task
 class SplitReport:
     """A split's scores: the answer, the same before refinement, the evidence alone, the agent's views alone; and what
     refinement did to cell accuracy (mean over pairs, paired standard error; NaN where there is no pair with a solution,
-    or just one).
+    or just one). families: of generated tasks, the share of pairs that the first attempt solves, by family.
     """
 
     score: SplitScore
@@ -41,6 +44,7 @@ class SplitReport:
     agent: SplitScore
     delta: float
     delta_error: float
+    families: Mapping[str, float]
 
 
 def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport:
@@ -71,7 +75,17 @@ def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport
         agent=score_split(name, agents),
         delta=delta,
         delta_error=error,
+        families=by_family(answers),
     )
+
+
+def by_family(results: Sequence[PairResult]) -> dict[str, float]:
+    """Share of pairs that the first attempt solves, for each family of generated tasks; empty for other tasks."""
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    for result in results:
+        if (known := origin(result.task_id)) is not None:
+            found[known[0]].append(exact(result.attempts[0], result.target))
+    return {family: sum(right) / len(right) for family, right in sorted(found.items())}
 
 
 def score_splits(
@@ -120,6 +134,7 @@ def submit(path: str, predicted: Mapping[str, Sequence[PairPrediction]], tasks: 
 def validation_lines(epoch: int, label: str, report: SplitReport) -> list[str]:
     """One split's figures, for people."""
     free, answer, n = report.training_free, report.score, max(1, report.score.pairs)
+    families = ", ".join(f"{name} {share:.2f}" for name, share in report.families.items())
     return [
         f"[Epoch {epoch}] {label}: pass@1 {answer.pass1_pairs / n:.4f} pass@2 {answer.pass2_pairs / n:.4f} "
         f"({answer.pass2_pairs}/{answer.pairs}), official pass@2 {answer.pass2:.4f}, "
@@ -130,6 +145,7 @@ def validation_lines(epoch: int, label: str, report: SplitReport) -> list[str]:
         f"alone: {report.agent.pass1_pairs / n:.4f})",
         f"[Epoch {epoch}]   before refinement {report.before.pass1_pairs / n:.4f}, cell accuracy delta "
         f"{report.delta:+.4f} +- {report.delta_error:.4f}",
+        *([f"[Epoch {epoch}]   by family: {families}"] if families else []),
     ]
 
 
@@ -151,6 +167,7 @@ def validation_row(prefix: str, report: SplitReport) -> dict[str, Any]:
         "accuracy_delta": report.delta,
         "accuracy_delta_error": report.delta_error,
     }
+    figures |= {f"family.{name}": share for name, share in report.families.items()}
     return {f"{prefix}.{name}": value for name, value in figures.items()}
 
 

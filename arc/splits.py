@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from arc.datasets import load_dataset
-from arc.generate import generated_dataset
+from arc.generate import GENERATED, UNSEEN_FAMILY, UNSEEN_TASK, generated_dataset
 from arc.run.files import UserError
 from arc.run.flags import comma_separated
 from arc.tasks import DataSet, Task, drop_duplicates, same_content
@@ -25,12 +25,12 @@ from arc.tasks import DataSet, Task, drop_duplicates, same_content
 # The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
 NEW = -2
 
-GENERATED = "generated"  # --data: tasks that are drawn here (arc/generate)
 DEV_SPLITS = ("dev_unseen", "dev_seen")
 LABELS = {
     "seed": "seed split (test pairs of the training tasks)",
     "unseen": "unseen split (tasks never trained on)",
     "adapted": "adapted split (evaluation tasks whose demonstration pairs were trained on)",
+    "families": "families split (tasks of families never trained on)",
     "dev_unseen": "dev_unseen split (demonstrations of tasks held out whole)",
     "dev_seen": "dev_seen split (a held-out demonstration of each training task)",
     "new": "new tasks (none of them is among the tasks trained on)",
@@ -63,8 +63,9 @@ class Split:
 def split_list(text: str) -> tuple[str, ...]:
     """'seed,unseen' -> ('seed', 'unseen')."""
     splits = comma_separated(text)
-    if not splits or not set(splits) <= {"seed", "unseen", "adapted", *DEV_SPLITS} or len(set(splits)) < len(splits):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted")
+    known = {"seed", "unseen", "adapted", "families", *DEV_SPLITS}
+    if not splits or not set(splits) <= known or len(set(splits)) < len(splits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seed, unseen, adapted, families")
     return tuple(splits)
 
 
@@ -258,6 +259,7 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
         "data": data.fingerprint,
         "training": training_fingerprint(training),
         "inputs": input_digests(training),
+        "tasks": len(training),
     }
     return Chosen(data, training, tuple(split.first(args.val_limit) for split in splits), record)
 
@@ -268,6 +270,8 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     A training task that is also an evaluation task, by content, is not trained on: the unseen split holds it back,
     and the adapted one trains on the evaluation set's copy, whose test pairs are scored.
     """
+    if args.data == GENERATED and args.unseen == GENERATED and not (args.adapt or args.dev):
+        return generated_splits(args, data)
     if not data.training and not args.adapt:
         raise UserError(
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
@@ -305,6 +309,24 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     if not chosen:
         raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data {args.data}")
     return kept + added, chosen
+
+
+def generated_splits(args: Choice, data: DataSet) -> tuple[tuple[Task, ...], tuple[Split, ...]]:
+    """Three ways to be new: new inputs of the tasks that are trained on (seed; none where fresh tasks are), other tasks
+    of their families (unseen), and families that are not trained on."""
+    training = data.training
+    unseen, families = (
+        tuple(task for task in data.evaluation if task.id.startswith(prefix)) for prefix in (UNSEEN_TASK, UNSEEN_FAMILY)
+    )
+    splits = {
+        "seed": Split("seed", training, tuple(range(len(training)))),
+        "unseen": Split("unseen", unseen, (NEW,) * len(unseen)),
+        "families": Split("families", families, (NEW,) * len(families)),
+    }
+    chosen = tuple(splits[each] for each in args.val_splits if each in splits and splits[each].tasks)
+    if not chosen:
+        raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data generated")
+    return training, chosen
 
 
 def all_tasks(data: DataSet) -> list[Task]:

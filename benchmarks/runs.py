@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -226,6 +227,7 @@ def arguments(description: str, work: str) -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path(work), help=f"folder for the runs and tables ({work})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: torch's own choice")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--val_views", type=int, default=4, help="augmented views that vote in validation (4)")
     parser.add_argument("--cache_dir", type=Path, default=Path(default_cache()), help="evidence and tiny Qwen")
     parser.add_argument("--table_only", action="store_true", help="run nothing: the table of the runs that are there")
@@ -242,17 +244,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
 
 def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> dict[Job, Result]:
     """Every job's result in the order of `jobs`, progress on stderr; under --table_only what is there."""
-    results = {}
-    for number, job in enumerate(jobs, 1):
-        if args.table_only:
-            found = read_result(args.work / job.name)
-        else:
-            print(f"[{number}/{len(jobs)}] {job.label}, seed {job.seed}", end="", file=sys.stderr, flush=True)
-            found = run(job, args.work, args.cache_dir)
-            print(f": pass@1 {found.pooled.pass1:.4f} in {found.seconds:.0f} s", file=sys.stderr)
-        if found is not None:
-            results[job] = found
-    return results
+    if args.table_only:
+        stored = {job: read_result(args.work / job.name) for job in jobs}
+        return {job: found for job, found in stored.items() if found is not None}
+
+    def one(numbered: tuple[int, Job]) -> tuple[Job, Result]:
+        number, job = numbered
+        found = run(job, args.work, args.cache_dir)
+        said = f"{job.label}, seed {job.seed}: pass@1 {found.pooled.pass1:.4f} in {found.seconds:.0f} s"
+        print(f"[{number}/{len(jobs)}] {said}", file=sys.stderr, flush=True)
+        return job, found
+
+    with ThreadPoolExecutor(max_workers=args.parallel) as pool:
+        started = [pool.submit(one, numbered) for numbered in enumerate(jobs, 1)]
+        try:
+            return dict(future.result() for future in started)
+        except BaseException:  # a run that failed, or Ctrl-C: those that have not begun never do
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def report(make_text: Callable[[dict[Job, Result]], str], jobs: Sequence[Job], args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from arc.batches import TrainBatch, epoch_batches  # noqa: E402
+from arc.episodes import TrainBatch, epoch_batches  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
 from trainloop_complete_with_fixes import Run, build_run, main, parse_arguments, train_epoch, training_data  # noqa: E402
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import Outcome, SmallBuild, SmallRun
 from helpers import FAST, Tripwire, differences_of_runs, everything_below, load, run_into, timeless
 
-from arc.batches import epoch_batches
 from arc.datasets import load_dataset
+from arc.episodes import epoch_batches
 from arc.splits import NEW, adapted_tasks
 from arc.tasks import Pair, Task
 from trainloop_complete_with_fixes import parse_arguments

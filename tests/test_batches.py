@@ -18,24 +18,20 @@ from torch import Tensor
 from arc.augment import Augmentation, apply_dihedral, evaluation_views
 from arc.batches import (
     OUTSIDE,
-    Episode,
     PredictionData,
     Query,
     TensorBundle,
-    all_episodes,
     collate_in_buckets,
     collate_queries,
     context_pairs,
-    episode_cells,
-    epoch_batches,
     make_query,
     pad_grid,
     pad_ids,
     prediction_order,
     unpad_grid,
-    views_of,
 )
 from arc.datasets import load_dataset
+from arc.episodes import Episode, all_episodes, episode_cells, epoch_batches, views_of
 from arc.evidence import CLASS_WEIGHTS, NUM_RULES, NUM_TABLES, QueryEvidence, augment_evidence
 from arc.loading import EpochSampler
 from arc.tasks import Grid, Pair, Task

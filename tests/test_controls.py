@@ -81,7 +81,7 @@ def is_silent(query: QueryBatch) -> bool:
         not any(bool(part.any()) for part in from_evidence)
         and bool(torch.isneginf(query.rule_logits).all())
         and torch.equal(query.out_size, in_size)
-        and torch.equal(query.canvas, in_size)
+        and torch.equal(query.in_size, in_size)
     )
 
 

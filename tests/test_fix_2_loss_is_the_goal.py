@@ -11,8 +11,8 @@ import torch
 from conftest import SmallBuild, rows_of, train_batches, train_on
 from torch import nn
 
-from arc.batches import TrainBatch
 from arc.efe import TERMS
+from arc.episodes import TrainBatch
 from policy_refined import SoftPrediction, colour_histogram, expected_goal, expected_reward
 from trainloop_complete_with_fixes import Run, context_feedback, goal_oriented_loss, read_prompt
 

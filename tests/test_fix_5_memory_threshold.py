@@ -12,7 +12,7 @@ from conftest import SmallBuild, SmallRun, train_batches, train_on
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc.batches import TrainBatch
+from arc.episodes import TrainBatch
 from arc.memory import MemoryBank
 from policy_refined import exact_match
 from trainloop_complete_with_fixes import (

@@ -237,7 +237,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 folder, ids, answer = sys.argv[1:]
 model = AutoModel.from_pretrained(folder)
-assert "peft" not in sys.modules and len(AutoTokenizer.from_pretrained(folder)) == 2227
+assert "peft" not in sys.modules and len(AutoTokenizer.from_pretrained(folder)) == 2469
 with torch.no_grad():
     save_file({"states": model(**load_file(ids)).last_hidden_state}, answer)
 """
@@ -256,7 +256,7 @@ def merge_by_peft(run: Run, folder: Path) -> tuple[torch.Tensor, torch.Tensor, t
     assert run.qwen.adapter is not None
     run.qwen.adapter.load_state_dict(load(folder, "best").state["model"]["qwen"])
     backbone = run.qwen.backbone.eval()
-    ids = torch.randint(2227, (2, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2469, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         adapted = backbone(input_ids=ids).last_hidden_state
         for layer in backbone.modules():

@@ -7,10 +7,14 @@ of all queries one after the other in one zlib stream. Nothing in it says how mu
 from __future__ import annotations
 
 import hashlib
+import math
 import stat
 import warnings
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ from arc.evidence.sizes import NUM_RULES
 from arc.evidence.tables import NUM_TABLES
 from arc.evidence.vote import QueryEvidence
 from arc.run.files import replace_file
-from arc.tasks import MAX_SIDE, Grid, Task
+from arc.tasks import MAX_SIDE, Grid, Pair, Task
 
 Arrays = dict[str, np.ndarray]
 
@@ -69,8 +73,12 @@ class TaskQueries:
 
     def _answer(self, key: QueryKey) -> QueryEvidence:
         if key not in self._answers:
-            self._answers[key] = _evidence_of(self._task).query(**arguments(key))
+            self._answers[key] = self._evidence.query(**arguments(key))
         return self._answers[key]
+
+    @cached_property
+    def _evidence(self) -> TaskEvidence:
+        return _evidence_of(self._task)
 
     def to_arrays(self) -> Arrays:
         """All planned answers as plain arrays, for `from_arrays`: Q queries, as `_layout` tells, and `sizes` (Q, 2)."""
@@ -206,6 +214,10 @@ class EvidenceStore:
             self._memory.popitem(last=False)
         return queries
 
+    def passing(self, task: Task) -> TaskQueries:
+        """The evidence of a task that will not come again: computed, and kept nowhere."""
+        return TaskQueries(task, {})
+
     def _path(self, key: str) -> Path | None:
         return None if self.cache_dir is None else self.cache_dir / f"{key}.evidence"
 
@@ -247,9 +259,10 @@ class EvidenceStore:
 # ----------------------------------------------------------------------------------------------------------------
 # No evidence
 # ----------------------------------------------------------------------------------------------------------------
-def silence(grid: Grid) -> QueryEvidence:
+def silence(grid: Grid, demonstrations: Sequence[Pair] = ()) -> QueryEvidence:
     """What is said about input `grid` (H, W) where nothing is known: the output has the input's size, no table and no
-    size rule speaks, every record is 0. An agent that starts from it has the canvas of the input and no vote."""
+    size rule speaks, every record is 0. An agent that starts from it has no vote, and a canvas with room for whatever
+    size it decides on, as far as the `demonstrations` let expect it."""
     height, width = grid.shape
     return QueryEvidence(
         size=(int(height), int(width)),
@@ -258,7 +271,23 @@ def silence(grid: Grid) -> QueryEvidence:
         rule_logits=np.full(NUM_RULES, -np.inf, np.float32),
         codes=np.zeros((NUM_TABLES, height, width), np.uint8),
         table_stats=np.zeros((NUM_TABLES, 3), np.float32),
+        room=room_for(grid, demonstrations),
     )
+
+
+def room_for(grid: Grid, demonstrations: Sequence[Pair]) -> tuple[int, int]:
+    """Rows and columns of a canvas for the output of `grid` (H, W): on each axis the longest of the input, of the
+    demonstrations' outputs, and of what comes out if the output is a multiple of a side of the input, the same in all
+    demonstrations."""
+    sizes = [(pair.input.shape, pair.output.shape) for pair in demonstrations if pair.output is not None]
+    room = []
+    for axis in (0, 1):
+        sides = [grid.shape[axis], *(after[axis] for _, after in sizes)]
+        for source in (0, 1):
+            ratios = {Fraction(after[axis], before[source]) for before, after in sizes}
+            sides += [math.ceil(ratio * grid.shape[source]) for ratio in ratios if len(ratios) == 1]
+        room.append(min(MAX_SIDE, max(sides)))
+    return room[0], room[1]
 
 
 class SilentQueries(TaskQueries):
@@ -268,8 +297,10 @@ class SilentQueries(TaskQueries):
         super().__init__(task, {})
 
     def _answer(self, key: QueryKey) -> QueryEvidence:
-        held_out, test, _ = key
-        return silence((self._task.train[held_out] if held_out >= 0 else self._task.test[test]).input)
+        held_out, test, without = key
+        asked = self._task.train[held_out] if held_out >= 0 else self._task.test[test]
+        others = [pair for number, pair in enumerate(self._task.train) if number not in (held_out, without)]
+        return silence(asked.input, others)
 
 
 class NoEvidence(EvidenceStore):
@@ -283,4 +314,7 @@ class NoEvidence(EvidenceStore):
         return True
 
     def get(self, task: Task) -> TaskQueries:
+        return SilentQueries(task)
+
+    def passing(self, task: Task) -> TaskQueries:
         return SilentQueries(task)

@@ -44,6 +44,7 @@ class QueryEvidence:
     rule_logits: np.ndarray  # (R,) float32: score of the rule in the choice of `size`, -inf where it does not apply
     codes: np.ndarray  # (T, h, w) uint8: colour + 10 * class for each table and output cell
     table_stats: np.ndarray  # (T, 3) float32: held-out accuracy where seen, coverage, share of pairs exactly right
+    room: tuple[int, int] = (1, 1)  # rows and columns that the canvas has at least, where `size` decides nothing
 
     def weights(self) -> np.ndarray:
         """(T,) float32: vote weight of each table for this query, times `CLASS_WEIGHTS` of a cell's class."""
@@ -90,4 +91,5 @@ def augment_evidence(evidence: QueryEvidence, augmentation: Augmentation) -> Que
         codes=np.ascontiguousarray(codes),
         size=(int(codes.shape[-2]), int(codes.shape[-1])),
         rule_sizes=evidence.rule_sizes[:, ::-1] if transposed else evidence.rule_sizes,
+        room=evidence.room[::-1] if transposed else evidence.room,
     )

@@ -43,8 +43,10 @@ HELD_OUT = (
 )  # never trained on unless asked for by name
 KNOWN = tuple(sorted(FAMILIES.keys() - set(HELD_OUT)))
 
+GENERATED = "generated"  # what --data, --unseen and --extra_data call these tasks
 MIN_SIDE = 6  # the least `max_side`: all families can be drawn in it
-UNSEEN = 5  # unseen tasks that are held back of each family, unless told otherwise
+TESTS = 2  # test pairs of a task
+UNSEEN = 10  # unseen tasks that are held back of each family, unless told otherwise
 UNSEEN_TASK, UNSEEN_FAMILY = "unseen_task-", "unseen_family-"  # what ids of evaluation tasks start with
 
 _MAX_REPEATS = 200  # draws for one more distinct input; only a family with too few possible inputs needs so many
@@ -100,11 +102,11 @@ def _distinct_pairs(seed: int, family: str, index: int, count: int, max_side: in
     return tuple(found.values())
 
 
-def origin(task_id: str) -> tuple[str, int]:
-    """(family, index) of a generated task, from its id; ValueError for any other id."""
+def origin(task_id: str) -> tuple[str, int] | None:
+    """(family, index) of a generated task, from its id; None for any other id."""
     family, _, index = task_id.removeprefix(UNSEEN_TASK).removeprefix(UNSEEN_FAMILY).rpartition("-")
     if family not in FAMILIES or not index.isdecimal():
-        raise ValueError(f"{task_id!r} is not the id of a generated task")
+        return None
     return family, int(index)
 
 
@@ -119,7 +121,7 @@ def generated_dataset(
     max_side: int,
     seed: int,
     *,
-    tests: int = 1,
+    tests: int = TESTS,
     unseen: int = UNSEEN,
 ) -> DataSet:
     """`tasks` tasks of each of `families` to train on, and unseen ones to evaluate on.
@@ -166,12 +168,17 @@ class FreshTasks:
         _check(self.seed, self.families, self.max_side, pairs=self.pairs, tests=self.tests, unseen=self.unseen)
 
     def task(self, epoch: int, index: int) -> Task:
+        """The task itself, with its own demonstrations and test pairs."""
+        name, number = self.place(epoch, index)
+        return task(self.seed, name, number, pairs=self.pairs, tests=self.tests, max_side=self.max_side)
+
+    def place(self, epoch: int, index: int) -> tuple[str, int]:
+        """Family and index of the task."""
         words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2, np.uint64).tolist()
         name = sorted(self.families)[words[0] % len(self.families)]
         settings = FAMILIES[name].settings
         turn, place = divmod(words[1] >> 16, settings - _held_back(settings, 0, self.unseen))
-        number = settings * (turn + self.unseen + 1) + place  # beyond the indices of the unseen tasks
-        return task(self.seed, name, number, pairs=self.pairs, tests=self.tests, max_side=self.max_side)
+        return name, settings * (turn + self.unseen + 1) + place  # beyond the indices of the unseen tasks
 
 
 def _held_back(settings: int, tasks: int, unseen: int) -> int:

@@ -15,6 +15,7 @@ from arc.run.terminal import duration
 TRIAL_VIEWS, FEEDBACK_VIEWS, STEP_VIEWS = 0.2, 0.5, 14
 VIEW_STEPS = 0.5  # a view in training steps of as many cells
 EVIDENCE_SECONDS = 0.09  # to prepare one task on one core
+SPLIT_SECONDS, PAIR_SECONDS = 2.0, 0.006  # whatever the agent's size: workers that start, batches, files
 LEAVING = 0.02  # share of the budget that writing checkpoint, predictions and report takes, about
 
 
@@ -26,15 +27,18 @@ def part_of(deadline: float, part: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class PredictionCost:
-    """What a prediction has to do: cells, in passes under one view, and tasks whose evidence is still to be prepared,
-    divided by the processes that prepare it."""
+    """What a prediction has to do: cells, in passes under one view, tasks whose evidence is still to be prepared,
+    divided by the processes that prepare it, and the pairs of so many splits."""
 
     cells: float
     missing: float
+    pairs: int = 0
+    splits: int = 0
 
     def seconds(self, seconds_per_cell: float) -> float:
         """How long that takes where training takes `seconds_per_cell`."""
-        return VIEW_STEPS * self.cells * seconds_per_cell + EVIDENCE_SECONDS * self.missing
+        fixed = SPLIT_SECONDS * self.splits + PAIR_SECONDS * self.pairs
+        return VIEW_STEPS * self.cells * seconds_per_cell + EVIDENCE_SECONDS * self.missing + fixed
 
 
 class Budget:
@@ -47,6 +51,7 @@ class Budget:
     def __init__(self, seconds: float, started: float, cost: Callable[[], PredictionCost]) -> None:
         self.seconds, self.started, self.cost = seconds, started, cost
         self.seconds_per_cell = 0.0  # of training, measured
+        self.last_prediction = 0.0  # seconds that the last prediction of everything took, 0 before there was one
         self._reserve = 0.0
 
     def elapsed(self) -> float:
@@ -68,7 +73,8 @@ class Budget:
         if not self.seconds or not self.seconds_per_cell:
             return 0.0
         if step % 20 == 0 or not self._reserve:
-            needed = self.cost().seconds(self.seconds_per_cell) + LEAVING * self.seconds
+            predicting = max(self.cost().seconds(self.seconds_per_cell), self.last_prediction)
+            needed = predicting + LEAVING * self.seconds
             self._reserve = min(needed, 0.5 * self.seconds)
         return self._reserve
 

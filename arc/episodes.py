@@ -1,0 +1,307 @@
+"""From tasks to training batches: which episodes an epoch has, in which order, and what each batch holds.
+
+An *episode* asks queries under one prompt. Where a task has a few demonstrations each is held out in turn and asked
+under several views; where pairs can be drawn without end (arc/drawn.py), a few are read and many are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arc.augment import Augmentation, sample_augmentation
+from arc.batches import (
+    Query,
+    QueryBatch,
+    TensorBundle,
+    collate_in_buckets,
+    collate_queries,
+    context_pairs,
+    make_query,
+    pad_ids,
+)
+from arc.datasets import load_dataset
+from arc.drawn import DrawnTasks, ManyPairs, Source
+from arc.evidence import EvidenceStore, NoEvidence, QueryEvidence, feedback_indices
+from arc.generate import GENERATED
+from arc.tasks import Grid, Task
+
+
+class Plan(Protocol):
+    """The flags that decide what is trained on, and how."""
+
+    data: str
+    extra_data: str | None
+    families: tuple[str, ...]
+    tasks: int
+    pairs: int
+    max_side: int
+    queries: int
+    episodes: int
+    seed: int
+    augment: str
+    views: int
+    batch_size: int
+    max_cells: int
+    max_batches: int
+    feedback_pairs: int
+    refined_views: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the order of an epoch: a pure function of (tasks, seed, epoch)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Task number `task` with demonstration `held_out` as the query; `index` keys its augmentations."""
+
+    task: int
+    held_out: int
+    index: int
+
+
+def all_episodes(tasks: Sequence[Task]) -> list[Episode]:
+    """Every demonstration of every task held out once; tasks with one demonstration give one episode without
+    context."""
+    keys = [(number, held_out) for number, task in enumerate(tasks) for held_out in range(len(task.train))]
+    return [Episode(task, held_out, index) for index, (task, held_out) in enumerate(keys)]
+
+
+def episode_cells(task: Task, held_out: int) -> int:
+    """Tokens that this episode is expected to need (exact when the evidence predicts the right size)."""
+    pair = task.train[held_out]
+    assert pair.output is not None
+    rows = max(pair.input.shape[0], pair.output.shape[0])
+    columns = max(pair.input.shape[1], pair.output.shape[1])
+    return rows * columns
+
+
+VIEW_CELLS = 1024  # tokens that the views of one episode take together, about: large grids get fewer views
+
+
+def views_of(cells: int, views: int) -> int:
+    """How many views an episode of `cells` tokens gets: `views`, fewer for a large grid, at least one."""
+    return max(1, min(views, VIEW_CELLS // cells))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An episode of a task whose pairs are drawn: number `index` of its epoch."""
+
+    index: int
+
+
+def source_of(args: Plan) -> Source | None:
+    """Where --data, or else --extra_data, draws pairs from; None where there are only demonstrations to hold out."""
+    spec = args.data if args.data == GENERATED else args.extra_data
+    if spec is None:
+        return None
+    if spec == GENERATED:
+        shape = (args.families, args.tasks, args.pairs, args.max_side, args.seed, args.queries)
+        return DrawnTasks(*shape, args.augment, known=args.data == GENERATED)
+    tasks = load_dataset(spec).training
+    return ManyPairs(tasks, args.pairs, args.seed, args.queries, args.augment)
+
+
+def epoch_order(args: Plan, tasks: Sequence[Task], epoch: int) -> list[tuple[Episode | Drawn, ...]]:
+    """The batches of an epoch, a pure function of tasks, seed and epoch: every episode of `tasks` once, or those that
+    are drawn, or, under --extra_data, both in one shuffled order."""
+    drawn: list[tuple[Episode | Drawn, ...]] = []
+    if args.data == GENERATED or args.extra_data:
+        drawn = list(drawn_batches(args.episodes, args.queries, args.batch_size))
+    if args.data == GENERATED:
+        return drawn[: args.max_batches or None]
+    batches: list[tuple[Episode | Drawn, ...]] = list(
+        epoch_batches(
+            tasks, seed=args.seed, epoch=epoch, batch_size=args.batch_size, views=args.views, max_cells=args.max_cells
+        )
+    )
+    if drawn:
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([args.seed, epoch, 0xE27A])))
+        batches += drawn
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches[: args.max_batches or None]
+
+
+def drawn_batches(episodes: int, queries: int, batch_size: int) -> list[tuple[Drawn, ...]]:
+    """The batches of an epoch of so many drawn episodes of `queries` queries each."""
+    size = max(1, batch_size // queries)
+    return [tuple(map(Drawn, range(at, min(at + size, episodes)))) for at in range(0, episodes, size)]
+
+
+def epoch_batches(
+    tasks: Sequence[Task], *, seed: int, epoch: int, batch_size: int, views: int, max_cells: int
+) -> list[tuple[Episode, ...]]:
+    """The batches of one epoch: every episode once, similar sizes together, the order of batches shuffled.
+
+    A batch holds at most `batch_size` queries (`views` an episode) and at most `max_cells` padded tokens, but always
+    at least one episode. Small grids therefore come in larger batches.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0xBA7C])))
+    episodes = all_episodes(tasks)
+    generator.shuffle(episodes)
+    cells = {episode: episode_cells(tasks[episode.task], episode.held_out) for episode in episodes}
+    batches: list[tuple[Episode, ...]] = []
+    window = 32 * max(1, batch_size // views)  # sorting inside a window keeps batches varied from epoch to epoch
+    for start in range(0, len(episodes), window):
+        ordered = sorted(episodes[start : start + window], key=lambda episode: (cells[episode], episode.index))
+        batch: list[Episode] = []
+        queries = 0
+        for episode in ordered:
+            more = views_of(cells[episode], views)
+            padded = (queries + more) * cells[episode]  # sorted ascending: the newest is the longest
+            if batch and (queries + more > batch_size or padded > max_cells):
+                batches.append(tuple(batch))
+                batch, queries = [], 0
+            batch.append(episode)
+            queries += more
+        batches.append(tuple(batch))
+    order = generator.permutation(len(batches))
+    return [batches[i] for i in order]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training batches, built in DataLoader workers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainBatch(TensorBundle):
+    """G episodes with up to V views each, B queries in all, plus the context pairs that give feedback."""
+
+    context_ids: Tensor  # (G, S) int64 token ids of the context's text, right-padded
+    context_lengths: Tensor  # (G,) int64
+    task: Tensor  # (G,) int64 task number
+    query: QueryBatch  # B queries; owner says which of the G episodes
+    feedback: list[QueryBatch]  # context pairs as queries, the true query's output in none of their evidence
+    first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
+    keep: Tensor  # (G,) bool: the episode has its task's latent
+    refined: Tensor  # (n,) int64 indices of the queries that are answered under the refined prompt too
+
+    def cell_counts(self) -> dict[str, int]:
+        """Real and processed cells of the agent's passes."""
+        counts = [part.cell_counts() for part in (self.query, *self.feedback)]
+        return {"cells": sum(real for real, _ in counts), "cells_processed": sum(processed for _, processed in counts)}
+
+
+class EpisodeData(torch.utils.data.Dataset):
+    """Maps a batch of episodes to a `TrainBatch`. Runs in DataLoader workers; a pure function of its arguments.
+
+    encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py). refined_views: how many queries of
+    an episode are answered under the refined prompt too; the others would teach the agent nearly the same a second
+    time. source: where episodes whose pairs are drawn come from, with the evidence of `passing`.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        store: EvidenceStore,
+        encode: Any,
+        *,
+        seed: int,
+        views: int,
+        augment: str,
+        feedback_pairs: int,
+        refined_views: int,
+        source: Source | None = None,
+        passing: EvidenceStore | None = None,
+    ) -> None:
+        self.tasks, self.store, self.encode = tasks, store, encode
+        self.source, self.passing = source, passing or store
+        self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
+        self.refined_views = refined_views
+
+    @classmethod
+    def of(cls, args: Plan, tasks: Sequence[Task], store: EvidenceStore, encode: Any) -> Self:
+        """As the flags have it."""
+        return cls(
+            tasks,
+            store,
+            encode,
+            seed=args.seed,
+            views=args.views,
+            augment=args.augment,
+            feedback_pairs=args.feedback_pairs,
+            refined_views=args.refined_views,
+            source=source_of(args),
+            # Beside ARC they are there to be learned from through the prompt alone; evidence of tasks that come once
+            # would cost more than all the rest.
+            passing=store if args.data == GENERATED else NoEvidence(),
+        )
+
+    def __getitem__(self, key: tuple[int, tuple[Episode | Drawn, ...]]) -> TrainBatch:
+        epoch, episodes = key
+        numbers: list[int] = []
+        texts: list[Sequence[int]] = []
+        queries: list[Query] = []
+        feedback: list[Query] = []
+        first_view: list[int] = []
+        refined: list[int] = []
+        for owner, episode in enumerate(episodes):
+            if isinstance(episode, Drawn):
+                number, asked, shown, text = self.drawn(epoch, episode, owner)
+            else:
+                number, asked, shown, text = self.held_out(epoch, episode, owner)
+            first_view.append(len(queries))
+            refined += range(len(queries), len(queries) + min(len(asked), self.refined_views))
+            numbers.append(number)
+            texts.append(self.encode(text))
+            queries += asked
+            feedback += shown
+        ids, lengths = pad_ids(texts)
+        return TrainBatch(
+            context_ids=ids,
+            context_lengths=lengths,
+            task=torch.tensor(numbers),
+            query=collate_queries(queries),
+            feedback=collate_in_buckets(feedback),
+            first_view=torch.tensor(first_view),
+            keep=torch.tensor([keeps_latent(self.seed, epoch, episode.index) for episode in episodes]),
+            refined=torch.tensor(refined),
+        )
+
+    def held_out(self, epoch: int, episode: Episode, owner: int) -> Parts:
+        """One demonstration of a task under several views, answered from the others."""
+        task = self.tasks[episode.task]
+        known, held_out = self.store.get(task), episode.held_out
+        pair, evidence = task.train[held_out], known.held_out(held_out)
+        first = episode.index * self.views  # keys its augmentations
+        views = [
+            sample_augmentation(self.seed, epoch, first + view, self.augment)
+            for view in range(views_of(episode_cells(task, held_out), self.views))
+        ]
+        asked = [make_query(pair.input, pair.output, evidence, view, owner) for view in views]
+        others = feedback_indices(len(task.train), held_out, self.feedback_pairs)
+        shown = [demonstration(task, n, known.held_out(n, without=held_out), owner) for n in others]
+        return episode.task, asked, shown, context_pairs(task, held_out)
+
+    def drawn(self, epoch: int, episode: Drawn, owner: int) -> Parts:
+        """Many pairs of a task, answered from a few."""
+        assert self.source is not None
+        number, task = self.source.episode(epoch, episode.index)
+        known, same = self.passing.passing(task), Augmentation.IDENTITY
+        asked = [make_query(pair.input, pair.output, known.test(n), same, owner) for n, pair in enumerate(task.test)]
+        others = feedback_indices(len(task.train), None, self.feedback_pairs)
+        return number, asked, [demonstration(task, n, known.held_out(n), owner) for n in others], context_pairs(task)
+
+
+def keeps_latent(seed: int, epoch: int, index: int) -> bool:
+    """Whether an episode has its task's latent: a coin whose outcome is a function of the episode."""
+    return bool(np.random.SeedSequence([seed, epoch, index, 0x1A7E]).generate_state(1)[0] & 1)
+
+
+# Of an episode: the number of its task, its queries, the context pairs that give feedback, the pairs that are read.
+Parts = tuple[int, list[Query], list[Query], list[tuple[Grid, Grid]]]
+
+
+def demonstration(task: Task, number: int, evidence: QueryEvidence, owner: int) -> Query:
+    """A demonstration as a query, as it is."""
+    pair = task.train[number]
+    return make_query(pair.input, pair.output, evidence, Augmentation.IDENTITY, owner)

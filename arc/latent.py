@@ -1,0 +1,25 @@
+"""A learned vector for each training task, beside what Qwen reads of it (`--task_latent`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TaskLatent(nn.Module):
+    """(count, K, D) latents, zero at the start, added to the prompts of the tasks that are trained on.
+
+    All views of a task share one. In training an episode goes without it at random (`keep`), so that a prompt from the
+    context alone stays usable: a task that was never trained on has no other.
+    """
+
+    def __init__(self, count: int, prompt_len: int, prompt_dim: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(count, prompt_len, prompt_dim))
+
+    def forward(self, task: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(G, K, D) for task numbers (G,): zero for numbers that are none of the training tasks, and where `keep` (G,)
+        is False."""
+        known = (task >= 0) & (task < len(self.vectors))
+        found = self.vectors[task.where(known, 0)] * known[:, None, None]
+        return found if keep is None else found * keep[:, None, None]

@@ -1,0 +1,55 @@
+"""Settings that go together: what a flag stands for where nothing else is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from arc.generate import GENERATED
+
+# --data generated: small grids, learned from nothing. Small batches of many contexts with few queries each, read cell
+# by cell: what is slow to be learned is reading (benchmarks/RESULTS.md). A nearly right grid weighs no more than
+# another, since at first none is nearly right.
+DRAWN: Mapping[str, Any] = {
+    "unseen": GENERATED,
+    "val_splits": ("seed", "unseen", "families"),
+    "val_views": 1,
+    "augment": "none",
+    "batch_size": 64,
+    "agent_width": 64,
+    "agent_heads": 8,
+    "agent_blocks": 3,
+    "agent_passes": 1,
+    "agent_lr": 2e-3,
+    "qwen_lr": 1e-3,
+    "context_text": "cells",
+    "grid_focus": 0.0,
+    "feedback_pairs": 1,
+    "refined_views": 1,
+    "w_size": 0.5,
+}
+
+# --recipe gpu: an agent of tens of millions of parameters, trained on the demonstrations of both sets. Not measured:
+# what a recipe without a card to try it on can be is sizes that published systems of this kind have.
+GPU: Mapping[str, Any] = {
+    "adapt": True,
+    "val_splits": ("seed", "adapted"),
+    "task_latent": True,
+    "agent_width": 512,
+    "agent_heads": 8,
+    "agent_blocks": 8,
+    "agent_passes": 1,
+    "agent_lr": 1e-3,
+    "optimizer": "muon",
+    "ema": 0.999,
+    "augment": "full",
+    "views": 8,
+    "batch_size": 256,
+    "max_cells": 65536,
+    "amp": "auto",
+    "epochs": 100,
+    "val_every": 10,
+    "val_views": 16,
+    "qwen": "tiny",
+}
+RECIPES: Mapping[str, Mapping[str, Any]] = {"gpu": GPU}

@@ -1,0 +1,114 @@
+"""Tasks whose pairs are drawn anew for each episode: what an episode holds, that it is a function of its number alone,
+and that nothing a validation asks is ever among it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SmallBuild, SmallRun, train_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arc.drawn import DrawnTasks
+from arc.episodes import Drawn, drawn_batches
+from arc.generate import BASIC, FAMILIES, generated_dataset, origin
+from arc.generate.family import is_test_input
+
+GENERATED = ("--data", "generated", "--families", "flip,crop", "--max_side", "6", "--no_evidence", "--tasks", "3")
+DRAWN = (*GENERATED, "--queries", "3", "--episodes", "6", "--batch_size", "6", "--unseen", "generated")
+
+
+@given(
+    epoch=st.integers(0, 50),
+    index=st.integers(0, 5000),
+    tasks=st.sampled_from([0, 1, 3]),
+    augment=st.sampled_from(["none", "full"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_an_episode_is_a_task_with_a_few_pairs_to_read_and_many_to_answer(
+    epoch: int, index: int, tasks: int, augment: str
+) -> None:
+    source = DrawnTasks(BASIC, tasks, pairs=3, max_side=6, seed=1, queries=5, augment=augment)
+    number, task = source.episode(epoch, index)
+    again, same = source.episode(epoch, index)
+    assert (number, task.digest) == (again, same.digest) and source.episode(epoch, index + 1)[1].digest != task.digest
+    assert (len(task.train), len(task.test)) == (3, 5)
+    family, _ = origin(task.id) or ("", 0)
+    assert family in BASIC
+    if augment == "none":
+        assert not any(is_test_input(pair.input) for pair in (*task.train, *task.test))
+    assert max(max(pair.input.shape) for pair in task.train) <= 6
+
+
+def test_a_turn_takes_every_known_task_once_and_keeps_its_rule() -> None:
+    source = DrawnTasks(("shift", "fill"), 4, pairs=2, max_side=6, seed=0, queries=2)
+    known = {task.id: task for task in generated_dataset(("shift", "fill"), 4, 2, 6, 0).training}
+    turns = [[source.episode(0, index) for index in range(8 * turn, 8 * turn + 8)] for turn in range(2)]
+    assert [number for number, _ in turns[0]] != [number for number, _ in turns[1]]
+    for turn in turns:
+        assert sorted(number for number, _ in turn) == list(range(8))
+        for number, task in turn:
+            assert task.id == list(known)[4 * ("fill-" in task.id) + number % 4] or task.id in known
+            family, index = origin(task.id) or ("", 0)
+            rule, fixed = FAMILIES[family].rule, FAMILIES[family].fixed(0, index)
+            for pair in (*task.train, *task.test):
+                assert pair.output is not None and np.array_equal(rule(pair.input, fixed), pair.output)
+            shown = {(pair.input.shape, pair.input.tobytes()) for pair in known[task.id].train}
+            asked = {(pair.input.shape, pair.input.tobytes()) for pair in task.test}
+            assert len(asked - shown) > 0
+
+
+def test_the_number_of_a_known_task_is_its_place_among_the_training_tasks() -> None:
+    source = DrawnTasks(BASIC, 3, pairs=2, max_side=6, seed=0, queries=1)
+    training = {task.id for task in generated_dataset(BASIC, 3, 2, 6, 0).training}
+    places = {task.id: number for number, task in (source.episode(0, index) for index in range(36))}
+    assert places.keys() == training
+    assert places == {task_id: place for place, task_id in enumerate(sorted(training))}
+
+
+def test_an_epoch_has_every_episode_once() -> None:
+    batches = drawn_batches(11, 16, 64)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert [one.index for batch in batches for one in batch] == list(range(11))
+    assert drawn_batches(2, 16, 1) == [(Drawn(0),), (Drawn(1),)]
+
+
+def test_a_batch_of_drawn_episodes(small_build: SmallBuild) -> None:
+    run = small_build(*DRAWN)
+    batch = train_batches(run, 1)[0]
+    assert len(batch.query) == 6 and batch.query.owner.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.first_view.tolist() == [0, 3] and batch.refined.tolist() == [0, 1, 3, 4]
+    assert bool((batch.query.dihedral == 0).all()) and sum(map(len, batch.feedback)) == 4
+    assert bool((batch.query.canvas >= batch.query.target_size).all()), "no room for an answer"
+
+
+@pytest.mark.parametrize("tasks", ["0", "3"])
+def test_it_trains_validates_and_goes_on_where_it_was_stopped(small_run: SmallRun, tmp_path: Path, tasks: str) -> None:
+    flags = (*DRAWN, "--tasks", tasks, "--val_splits", "seed,unseen,families", "--epochs", "2")
+    whole = small_run(tmp_path / "whole", *flags)
+    assert whole.code == 0
+    rows = whole.epochs
+    assert ("val.split" in rows[-1]) and rows[-1]["val.split"] == ("seed" if tasks == "3" else "unseen")
+    assert any(".family.crop" in key for key in rows[-1]) and any(key.startswith("val.families.") for key in rows[-1])
+    part = small_run(tmp_path / "part", *flags, "--epochs", "1")
+    assert part.code == 0
+    again = small_run(tmp_path / "part", "--resume", "--epochs", "2", "--output_dir", str(tmp_path / "part"))
+    assert again.code == 0
+    assert [row["queries"] for row in again.batches] == [row["queries"] for row in whole.batches]
+
+
+def test_no_outcome_of_an_evaluation_task_reaches_a_prompt(small_build: SmallBuild) -> None:
+    """Neither family nor setting of a task is anywhere but in its id: other ids, same batches."""
+    run = small_build(*DRAWN)
+    batches = train_batches(run, 2)
+    source = DrawnTasks(run.args.families, run.args.tasks, run.args.pairs, run.args.max_side, 0, 3)
+    for batch in batches:
+        for ids in batch.context_ids:
+            assert ids.dtype == torch.int64
+    asked = {pair.input.tobytes() for split in run.splits for task in split.tasks for pair in task.test}
+    for index in range(12):
+        _, task = source.episode(0, index)
+        assert not asked & {pair.input.tobytes() for pair in (*task.train, *task.test)}
