@@ -49,7 +49,7 @@ from arc.memory import MemoryBank
 from arc.opening import opening_lines
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit, window_size
 from arc.predict import PairPrediction, Predictor, evaluating, prediction_cost, views_reached
-from arc.qwen import QwenPrompt, Tune, build_qwen, prompt_spread
+from arc.qwen import ContextText, QwenPrompt, Tune, build_qwen, prompt_spread
 from arc.qwen_source import quiet_downloads
 from arc.recipes import RECIPES
 from arc.report import keep_predictions, open_events, try_report
@@ -211,7 +211,7 @@ class Flags:
     optim_qwen: str = flag(FIX_1, "adamw", "adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
                            ("adamw", "adamw8bit"), also=("--optim",))
     gradient_checkpointing: bool = flag(FIX_1, False, "less memory for Qwen, a third more time", resume=FREE)
-    context_text: str = flag(FIX_1, "grids", "how Qwen reads a pair: grid after grid, or cell by cell",
+    context_text: ContextText = flag(FIX_1, "grids", "how Qwen reads a pair: grid after grid, or cell by cell",
                              ("grids", "cells"))
     max_context_tokens: int = flag(FIX_1, 1536, "Qwen reads whole pairs up to this", whole(16))
     prompt_len: int = flag(FIX_1, 4, "K, vectors of a prompt", whole(1, 64))

@@ -24,6 +24,7 @@ from arc.tasks import MAX_SIDE, NUM_COLOURS
 
 MIXTURE_FLOOR = 0.003  # probability mass that every colour keeps in the table mixture
 SIZE_FLOOR = 1e-4  # likewise for every size
+FINDINGS = 8  # things about a cell for which a task may have a colour of its own
 LOOK_SHARE = -7.0  # logit of the heads' share in the mixture, to begin with: too little to outvote a table
 SILENT = -1e4  # logit of a table that says nothing; finite, so that a cell no table speaks about is no NaN
 
@@ -124,10 +125,15 @@ def voted_grid(query: QueryBatch) -> Tensor:
     return AgentOutput([mixture], torch.empty(0)).predicted_grid(query, size=query.out_size)
 
 
-def rotary_tables(head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (60, head_dim // 4): angles of positions -30..29 of one axis (RoFormer, arXiv:2104.09864)."""
-    frequencies = 10.0 ** -torch.linspace(0, 1.5, head_dim // 4)  # grids are at most 30 wide: no need for slow ones
-    angles = torch.arange(-MAX_SIDE, MAX_SIDE)[:, None] * frequencies * (math.pi / 2)
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """(head_dim // 4,) radians a cell, for each axis (RoFormer, arXiv:2104.09864)."""
+    # grids are at most 30 wide: no need for slow ones
+    return 10.0 ** -torch.linspace(0, 1.5, head_dim // 4) * (math.pi / 2)
+
+
+def rotary_angles(place: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (..., head_dim // 2) each, of places (..., 2) in cells, which need not be whole: rows first."""
+    angles = (place[..., None] * frequencies).flatten(-2)
     return angles.cos(), angles.sin()
 
 
@@ -139,25 +145,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class Places:
-    """Where tokens stand, as rotary angles: cos and sin (B, 1 or heads, L, head width // 2), of queries and of keys.
+    """Where tokens stand: place (B, 1, L, 2) as rows and columns, and as rotary angles, cos and sin (B, 1 or heads, L,
+    head width // 2), of the keys. frequencies: of the angles.
 
     With a multiple of eight heads each of them sees the input under another symmetry of the square: at distance zero
     from a cell of the output stands the input's cell that the symmetry brings there. So mirroring and turning are a
-    matter of choosing a head, as shifting is of choosing a distance.
+    matter of choosing a head. Shifting is one of choosing a distance: each head looks from a place as far from the
+    cell's own as the condition says.
     """
 
-    query: tuple[Tensor, Tensor]
+    place: Tensor
     key: tuple[Tensor, Tensor]
+    frequencies: Tensor
 
 
 class Block(nn.Module):
     """Pre-norm attention and squared-ReLU MLP, shift and scale set by the condition (adaLN, arXiv:2212.09748), which
-    also sets how sharply each head looks and how much it counts."""
+    also sets how sharply each head looks, how much it counts, and how far away it looks."""
 
     def __init__(self, width: int, heads: int, condition: int) -> None:
         super().__init__()
         self.heads = heads
-        self.looking = nn.Linear(condition, 2 * heads)  # log-sharpness and gain of each head
+        self.looking = nn.Linear(condition, 4 * heads)  # log-sharpness, gain, rows and columns away, of each head
         nn.init.zeros_(self.looking.weight)
         with torch.no_grad():  # the best match scores 8, whatever the heads' width
             self.looking.bias.zero_()[:heads] = math.log(8 / math.sqrt(width // heads))
@@ -179,9 +188,11 @@ class Block(nn.Module):
         shift_a, scale_a, shift_m, scale_m = self.modulation(condition)[:, None].chunk(4, dim=-1)  # (B, 1, W) each
         normed = F.rms_norm(x, x.shape[-1:]) * (1 + scale_a) + shift_a
         q, k, v = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d)
-        sharpness, gain = self.looking(condition)[:, :, None, None].chunk(2, dim=1)  # (B, heads, 1, 1) each
+        looking = self.looking(condition).float()[:, :, None, None].chunk(4, dim=1)  # (B, heads, 1, 1) each
+        sharpness, gain, away = looking[0], looking[1], torch.cat(looking[2:], -1)
         # QK-norm keeps bf16 scores in range
-        q = rotate(F.rms_norm(q, q.shape[-1:]), *places.query) * sharpness.clamp(max=2).exp()
+        seen_from = rotary_angles(places.place + away, places.frequencies)
+        q = rotate(F.rms_norm(q, q.shape[-1:]), *seen_from) * sharpness.clamp(max=2).exp()
         k = rotate(F.rms_norm(k, k.shape[-1:]), *places.key)
         seen = torch.cat((v, colours[:, None].to(v.dtype).expand(-1, self.heads, -1, -1)), -1)
         values, looked_at = attend(q, k, seen, mask).split((v.shape[-1], NUM_COLOURS), -1)
@@ -245,6 +256,9 @@ class GridAgent(nn.Module):
         self.prompt_trust = nn.Linear(prompt, num_tables, bias=False)
         self.cell_trust = nn.Linear(width, num_tables, bias=False)
         self.head = nn.Linear(width, NUM_COLOURS)
+        # what the prompt makes of an input colour, and of what the network found out about a cell: a task's own colours
+        self.findings = nn.Linear(width, FINDINGS, bias=False)
+        self.paints = nn.Linear(prompt, (NUM_COLOURS + FINDINGS) * NUM_COLOURS, bias=False)
         self.sharpness = nn.Linear(condition, 2)  # of the mixture, and strength of copying the input
         self.rule_trust = nn.Linear(condition, num_rules)
         self.rule_record = nn.Parameter(torch.zeros(2))
@@ -264,6 +278,7 @@ class GridAgent(nn.Module):
             self.read_back,
             self.look_trust,
             self.look_at_cell,
+            self.paints,
         ):
             nn.init.zeros_(layer.weight)
         for layer in (self.task_trust, self.head, self.sharpness, self.rule_trust, self.size_head):
@@ -273,11 +288,8 @@ class GridAgent(nn.Module):
         # Not zero: a prompt that moves nothing at the start would leave Qwen without gradient in the first step (fix
         # 1). Half a nat: from 0.02, refinement found too little to hold on to (development split).
         nn.init.normal_(self.prompt_trust.weight, std=0.5 / math.sqrt(prompt))
-        cos, sin = rotary_tables(width // heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.cos: Tensor
-        self.sin: Tensor
+        self.register_buffer("frequencies", rotary_frequencies(width // heads), persistent=False)
+        self.frequencies: Tensor
 
     @property
     def description(self) -> str:
@@ -302,6 +314,7 @@ class GridAgent(nn.Module):
         token = self.embed_cells(query, says, confidence, trust)  # (B, L, W)
         sharpness, copying = self.sharpness(condition).float()[:, None].unbind(-1)  # (B, 1)
         copied = F.one_hot(query.neighbours[..., 4].long(), NUM_COLOURS + 1)[..., :NUM_COLOURS]  # (B, L, 10)
+        paints = self.paints(prompt).float().unflatten(-1, (-1, NUM_COLOURS))  # (B, 10 + FINDINGS, 10)
         places = self.places(query)
         mask = None
         if query.padded:
@@ -315,9 +328,10 @@ class GridAgent(nn.Module):
             trusted = F.linear(normed, self.cell_trust.weight[tables]).float()  # (B, L, T)
             looks = (self.look_trust(condition)[:, None] + self.look_at_cell(normed)).float()  # (B, L, heads + 1)
             share = torch.where((confidence > 0).any(-1), looks[..., -1].sigmoid(), 1.0)[..., None]
-            found = torch.einsum("blh,bhlc->blc", looks[..., :-1].softmax(-1), looked_at.float())
-            mixture = (1 - share) * table_mixture(trust + trusted, says) + share * found  # (B, L, 10)
-            own = self.head(normed).float() + copying[..., None] * copied
+            fetched = torch.einsum("blh,bhlc->blc", looks[..., :-1].softmax(-1), looked_at.float())
+            mixture = (1 - share) * table_mixture(trust + trusted, says) + share * fetched  # (B, L, 10)
+            found = torch.cat((copied.float(), self.findings(normed).float()), -1)  # (B, L, 10 + FINDINGS)
+            own = self.head(normed).float() + copying[..., None] * copied + found @ paints
             logits.append(own + (1 + sharpness)[..., None] * torch.log(mixture + MIXTURE_FLOOR))
             x = x + self.read_back(logits[-1].softmax(-1))
         return AgentOutput(logits, self.size_logits(query, condition, normed))
@@ -360,19 +374,14 @@ class GridAgent(nn.Module):
 
     def places(self, query: QueryBatch) -> Places:
         """Rotary positions of the query's cells; under each head's symmetry, where there are heads for all."""
-        place = torch.stack((query.row, query.column), -1).long()[:, None]  # (B, 1, L, 2)
+        place = torch.stack((query.row, query.column), -1).float()[:, None]  # (B, 1, L, 2)
         turned = [place]
         if self.heads % 8 == 0:
             rows, columns = place.unbind(-1)
             height, width = (query.in_size[:, None, None] - 1).unbind(-1)  # (B, 1, 1) each
             mirrored = [(a, b) for a in (rows, height - rows) for b in (columns, width - columns)]
             turned = [torch.stack(pair, -1) for a, b in mirrored for pair in ((a, b), (b, a))] * (self.heads // 8)
-        return Places(self.angles(place), self.angles(torch.cat(turned, 1)))
-
-    def angles(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of place (B, n, L, 2), which may lie up to a grid's side outside: (B, n, L, head_dim // 2)."""
-        at = place + MAX_SIDE
-        return self.cos[at].flatten(-2), self.sin[at].flatten(-2)
+        return Places(place, rotary_angles(torch.cat(turned, 1), self.frequencies), self.frequencies)
 
     def size_logits(self, query: QueryBatch, condition: Tensor, normed: Tensor) -> Tensor:
         """(B, 30, 30): log of the rules' weighted vote for each size, plus a learned correction of each side."""

@@ -9,6 +9,7 @@ import torch
 
 from arc.agent import GridAgent
 from arc.device import Precision, describe_device
+from arc.generate import GENERATED
 from arc.optim import JointOptimizer
 from arc.qwen import QwenPrompt
 from arc.splits import Split
@@ -18,6 +19,10 @@ from arc.tasks import DataSet, Task
 class Settings(Protocol):
     """The flags that are told."""
 
+    data: str
+    extra_data: str | None
+    queries: int
+    episodes: int
     views: int
     val_views: int
     save_every: int
@@ -50,6 +55,11 @@ def opening_lines(run: Opening, checkpoint_bytes: int, *, events: bool) -> Seque
     rates = ", ".join(f"{group} {rate:g}" for group, rate in sorted(run.optimizer.base_rates().items()))
     episodes = sum(len(task.train) for task in run.training)
     trained = f", {len(run.training)} training tasks, {episodes} episodes x {args.views} views" if episodes else ""
+    drawn = f"{args.episodes} episodes an epoch x up to {args.queries} fresh queries"
+    if args.data == GENERATED:
+        trained = f", {len(run.training) or 'fresh'} training tasks, {drawn}"
+    elif args.extra_data:
+        trained += f"; extra: {args.extra_data}, {drawn}, never validated"
     validated = ", ".join(f"{split.pairs} test pairs of {len(split.tasks)} {split.name} tasks" for split in run.splits)
     return [
         run.qwen.description,

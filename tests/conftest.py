@@ -6,6 +6,7 @@ Types are imported with `from conftest import ...`; everything else arrives as a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from arc.episodes import TrainBatch, epoch_batches  # noqa: E402
+from arc.episodes import TrainBatch, epoch_order  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
 from trainloop_complete_with_fixes import Run, build_run, main, parse_arguments, train_epoch, training_data  # noqa: E402
 
@@ -163,16 +164,8 @@ def small_build(small_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathF
 
 def train_batches(run: Run, count: int) -> list[TrainBatch]:
     """The first `count` batches of the run's current epoch, as its loader would give them."""
-    args = run.args
     data = training_data(run)
-    order = epoch_batches(
-        run.training,
-        seed=args.seed,
-        epoch=run.state.epoch,
-        batch_size=args.batch_size,
-        views=args.views,
-        max_cells=args.max_cells,
-    )
+    order = epoch_order(dataclasses.replace(run.args, max_batches=0), run.training, run.state.epoch)
     return [data[run.state.epoch, episodes] for episodes in order[:count]]
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from arc.agent import AgentOutput, GridAgent, rotary_tables, rotate, table_mixture, voted_grid
-from arc.augment import Augmentation, sample_augmentation
+from arc.agent import AgentOutput, GridAgent, rotary_angles, rotary_frequencies, rotate, table_mixture, voted_grid
+from arc.augment import Augmentation, apply_dihedral, sample_augmentation
 from arc.batches import Query, QueryBatch, collate_queries, make_query, unpad_grid
 from arc.datasets import load_dataset
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore
@@ -255,19 +255,48 @@ def test_a_width_that_heads_cannot_share_is_refused(width: int, heads: int) -> N
 
 
 def test_rotation_makes_scores_depend_on_relative_position_alone() -> None:
-    cos, sin = rotary_tables(16)
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 
-    def score(first: tuple[int, int], second: tuple[int, int]) -> float:
+    def score(first: tuple[float, float], second: tuple[float, float]) -> float:
         turned = []
-        for vector, (row, column) in ((q, first), (k, second)):
-            angles = [torch.cat((table[row], table[column]))[None, None, None] for table in (cos, sin)]
+        for vector, place in ((q, first), (k, second)):
+            angles = rotary_angles(torch.tensor(place)[None, None, None], rotary_frequencies(16))
             turned.append(rotate(vector[None, None, None], *angles).flatten())
         return float(turned[0] @ turned[1])
 
     assert score((0, 0), (2, 5)) == pytest.approx(score((20, 11), (22, 16)), abs=1e-4)
     assert score((0, 0), (2, 5)) != pytest.approx(score((0, 0), (5, 2)), abs=1e-2)
     assert score((3, 3), (3, 3)) == pytest.approx(float(q @ k), abs=1e-4)
+
+
+def test_each_of_eight_heads_sees_the_input_under_a_symmetry_of_its_own() -> None:
+    """A head's keys stand where a symmetry of the square brings the input's cells: each symmetry has a head."""
+    agent = make_agent(heads=8, width=64)
+    numbered = np.arange(6).reshape(2, 3)
+    query = collate_queries([Query(numbered.astype(np.uint8), None, (2, 3), None, Augmentation.IDENTITY, 0)])
+    places = agent.places(query)
+    met = set()
+    for d in range(8):
+        turned = apply_dihedral(numbered, d)
+        where = torch.tensor([np.argwhere(turned == cell)[0].tolist() for cell in range(6)]).float()
+        expected = rotary_angles(where, agent.frequencies)
+        met |= {
+            head
+            for head in range(8)
+            if all(torch.allclose(a[0, head], b, atol=1e-5) for a, b in zip(places.key, expected, strict=True))
+        }
+    assert met == set(range(8))
+    plain = make_agent(heads=2).places(query)
+    assert torch.equal(plain.key[0], rotary_angles(plain.place, rotary_frequencies(16))[0])
+
+
+def test_the_heads_are_the_only_voices_where_no_table_speaks(queries: list[Query]) -> None:
+    """What they look at is the input's colours; beside tables their share is too small to outvote one at first."""
+    grid = np.array([[3, 3], [3, 3]], np.uint8)
+    silent = collate_queries([Query(grid, None, (2, 2), None, Augmentation.IDENTITY, 0)])
+    with torch.no_grad():
+        logits = make_agent(heads=8, width=64)(silent, prompts(1)).colour_logits[-1]
+    assert logits.argmax(-1).eq(3).all() and float(logits.softmax(-1)[..., 3].min()) > 0.9
 
 
 def test_the_mixture_weighs_what_the_tables_say() -> None:

@@ -3,6 +3,7 @@ and that nothing a validation asks is ever among it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ from conftest import SmallBuild, SmallRun, train_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc.drawn import DrawnTasks
+from arc.augment import Augmentation
+from arc.batches import PredictionData
+from arc.datasets import load_dataset
+from arc.drawn import APART, DrawnTasks, ManyPairs
 from arc.episodes import Drawn, drawn_batches
 from arc.generate import BASIC, FAMILIES, generated_dataset, origin
 from arc.generate.family import is_test_input
+from arc.tasks import Task
 
 GENERATED = ("--data", "generated", "--families", "flip,crop", "--max_side", "6", "--no_evidence", "--tasks", "3")
 DRAWN = (*GENERATED, "--queries", "3", "--episodes", "6", "--batch_size", "6", "--unseen", "generated")
@@ -100,14 +105,62 @@ def test_it_trains_validates_and_goes_on_where_it_was_stopped(small_run: SmallRu
     assert [row["queries"] for row in again.batches] == [row["queries"] for row in whole.batches]
 
 
-def test_no_outcome_of_an_evaluation_task_reaches_a_prompt(small_build: SmallBuild) -> None:
-    """Neither family nor setting of a task is anywhere but in its id: other ids, same batches."""
+def many_pairs(folder: Path, outputs: int) -> Path:
+    """Two tasks as public generators write them, a list of pairs each."""
+    rng = np.random.default_rng(3)
+    for name in ("one", "two"):
+        grids = [rng.integers(0, 10, rng.integers(2, 5, 2)) for _ in range(30)]
+        pairs = [{"input": grid.tolist(), "output": grid[::-1].tolist()} for grid in grids]
+        path = folder / "training" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        test = {"input": [[1]], "output": [[outputs]]}
+        path.write_text(json.dumps({"train": pairs, "test": [test]}))
+    return folder
+
+
+def test_extra_tasks_are_trained_on_and_never_validated(small_build: SmallBuild, tmp_path: Path) -> None:
+    extra = ("--queries", "5", "--pairs", "3", "--episodes", "4", "--extra_data")
+    runs = [small_build(*extra, str(many_pairs(tmp_path / str(n), outputs=n))) for n in (2, 3)]
+    plain = small_build()
+    assert [split.tasks for split in runs[0].splits] == [split.tasks for split in plain.splits]
+    batches = [train_batches(run, 100) for run in runs]
+    added = [batch for batch in batches[0] if int(batch.task.min()) >= APART]
+    assert sum(len(batch.task) for batch in added) == 4
+    assert sum(len(batch.query) for batch in added) == 4 * 5 and len(batches[0]) > len(added)
+    for batch in added:
+        assert batch.query.silent and not bool(batch.query.codes.any())
+        assert torch.equal(batch.query.target_size, batch.query.in_size)
+    # what stands as their test output reaches nothing
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.context_ids, other.context_ids) and torch.equal(one.query.target, other.query.target)
+    extra_run = small_build("--extra_data", "generated", "--max_side", "6", "--tasks", "0", "--episodes", "3")
+    assert sum(int((batch.task >= APART).sum()) for batch in train_batches(extra_run, 100)) == 3
+
+
+def test_pairs_are_drawn_from_a_file_anew(tmp_path: Path) -> None:
+    tasks = load_dataset(str(many_pairs(tmp_path, outputs=1))).training
+    source = ManyPairs(tasks, pairs=3, seed=0, queries=6)
+    seen = [source.episode(0, index) for index in range(8)]
+    assert [number - APART for number, _ in seen[:2]] in ([0, 1], [1, 0])
+    for _, task in seen:
+        pairs = [(pair.input.tobytes(), pair.input.shape) for pair in (*task.train, *task.test)]
+        assert (len(task.train), len(task.test)) == (3, 6) and len(set(pairs)) == 9
+    assert len({task.digest for _, task in seen}) == 8
+    assert source.episode(0, 3)[1].digest == seen[3][1].digest
+
+
+def test_nothing_that_a_validation_asks_is_trained_on(small_build: SmallBuild) -> None:
+    """Nor does a task's id, which tells its family, reach a batch."""
     run = small_build(*DRAWN)
-    batches = train_batches(run, 2)
     source = DrawnTasks(run.args.families, run.args.tasks, run.args.pairs, run.args.max_side, 0, 3)
-    for batch in batches:
-        for ids in batch.context_ids:
-            assert ids.dtype == torch.int64
+    data = PredictionData(
+        run.splits[0].tasks, run.store, run.qwen.encoder, views=(Augmentation.IDENTITY,), feedback_pairs=1
+    )
+    renamed = tuple(Task("x" + str(n), task.train, task.test) for n, task in enumerate(run.splits[0].tasks))
+    other = PredictionData(renamed, run.store, run.qwen.encoder, views=(Augmentation.IDENTITY,), feedback_pairs=1)
+    one, two = data[(0, 1)], other[(0, 1)]
+    assert torch.equal(one.context_ids, two.context_ids) and torch.equal(one.query[0].codes, two.query[0].codes)
+    assert all(bool((query.target < 0).all()) for query in one.query)
     asked = {pair.input.tobytes() for split in run.splits for task in split.tasks for pair in task.test}
     for index in range(12):
         _, task = source.episode(0, index)

@@ -1,0 +1,275 @@
+"""What a training query costs, and where the time goes.
+
+- full: queries a second of the real command (`metrics.jsonl`, after a few batches), seconds from the start of the
+  process to its first batch, and its largest resident memory, in this checkout and in those named by `--against`,
+  taken in turn, several times;
+- bare: the same forward, backward and step on batches that are ready, with nothing around them: the floor;
+- matmul: floating-point operations a second of a large product in the dtype used, and the share that the floor reaches;
+- evidence: seconds a task, with nothing cached;
+- waits: reads of single numbers from the device (`aten::_local_scalar_dense`) and host copies in a training step: on a
+  GPU each is a stall.
+
+    python benchmarks/speed.py [--against ../before] [--repeats 3] [--batches 30] [--regimes arc drawn] [-- FLAGS]
+
+Prints markdown: medians over the repeats, and ratios to this checkout within the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from arc.datasets import load_dataset  # noqa: E402
+from arc.episodes import epoch_order  # noqa: E402
+from arc.evidence import EvidenceStore  # noqa: E402
+from arc.run.files import default_cache  # noqa: E402
+from arc.run.randomness import normal_noise  # noqa: E402
+from arc.run.runlog import RunLog  # noqa: E402
+from benchmarks.runs import ROOT, machine, spread, table  # noqa: E402
+from trainloop_complete_with_fixes import (  # noqa: E402
+    Run,
+    build_run,
+    parse_arguments,
+    train_step,
+    training_data,
+    update,
+)
+
+REGIMES: dict[str, tuple[str, ...]] = {
+    "arc": (),
+    "drawn": ("--data", "generated", "--families", "basic", "--max_side", "6", "--no_evidence"),
+}
+SKIPPED = 5  # batches before anything is counted: allocations, caches, the workers' first tasks
+
+
+@dataclass(frozen=True)
+class Command:
+    """One run of the real command."""
+
+    queries_per_s: float
+    first_batch_s: float
+    peak_mib: float
+
+
+def run_command(root: Path, flags: Sequence[str], batches: int, cache: Path) -> Command:
+    """The command in the checkout `root`, for `batches` batches. RuntimeError if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "run")
+        command = [sys.executable, str(root / "trainloop_complete_with_fixes.py"), "--quiet", "--no_tensorboard"]
+        command += ["--cache_dir", str(cache), "--output_dir", str(folder), "--epochs", "1", "--val_every", "0"]
+        command += ["--max_batches", str(batches), "--log_every", "1", "--val_limit", "2", "--val_views", "1", *flags]
+        started, first, peak = time.monotonic(), 0.0, 0.0
+        with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            while process.poll() is None:
+                if not first and has_rows(folder):
+                    first = time.monotonic() - started
+                peak = max(peak, resident_mib(process.pid))
+                time.sleep(0.02)
+            if process.returncode:
+                raise RuntimeError(
+                    f"{root}: exit code {process.returncode}: {(process.stderr or open(os.devnull)).read()!r}"
+                )
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        counted = [row for row in rows if "loss" in row][SKIPPED:]
+        seconds = sum(row["queries"] / row["samples_per_s"] for row in counted)
+        return Command(sum(row["queries"] for row in counted) / seconds, first, peak)
+
+
+def has_rows(folder: Path) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process; 0 where /proc does not tell."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+    except (OSError, ValueError):
+        pass
+    return 0.0
+
+
+def build(flags: Sequence[str], cache: Path, scratch: Path) -> Run:
+    """A run as the command builds it."""
+    args, _ = parse_arguments([*flags, "--output_dir", str(scratch), "--cache_dir", str(cache), "--no_tensorboard"])
+    run = build_run(args, RunLog(quiet=True), time.monotonic())
+    run.log.open(scratch, rows=0)
+    return run
+
+
+def ready_batches(run: Run, count: int) -> list[Any]:
+    """The first batches of an epoch, as the loader would give them."""
+    data, order = training_data(run), epoch_order(run.args, run.training, 0)
+    return [data[0, episodes].to(run.device) for episodes in order[:count]]
+
+
+def one_step(run: Run, batch: Any) -> None:
+    """Forward, backward and step: what a batch cannot do without."""
+    shape = (run.args.policy_samples, len(batch.task), run.policy.log_std.numel())
+    step = train_step(run, batch, normal_noise(shape, 0, 0, 0).to(run.device), 1)
+    update(run, [step], 1000)
+
+
+def bare(run: Run, batches: Sequence[Any]) -> tuple[float, float]:
+    """(queries a second, floating-point operations of matrix products a second) of the floor."""
+    for batch in batches[:SKIPPED]:
+        one_step(run, batch)
+    with FlopCounterMode(display=False) as counter:
+        one_step(run, batches[SKIPPED])
+    operations = counter.get_total_flops() / len(batches[SKIPPED].query)
+    started = time.perf_counter()
+    for batch in batches[SKIPPED:]:
+        one_step(run, batch)
+    per_second = sum(len(batch.query) for batch in batches[SKIPPED:]) / (time.perf_counter() - started)
+    return per_second, operations * per_second
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1536) -> float:
+    """Floating-point operations a second of a square product."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        (a @ b).sum().item()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique_dim", "aten::equal"):
+            self.seen[name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def host_copies(waits: Waits) -> Iterator[None]:
+    """Inside, tensors that are taken to Python or numpy are counted too."""
+    names = ("cpu", "numpy", "tolist")
+    kept = {name: getattr(torch.Tensor, name) for name in names}
+
+    def counted(name: str) -> Any:
+        def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            waits.seen[name] += 1
+            return kept[name](self, *args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(torch.Tensor, name, counted(name))
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(torch.Tensor, name, method)
+
+
+def waits_of(run: Run, batch: Any) -> Counter[str]:
+    """What one step waits for."""
+    with Waits() as waits, host_copies(waits):
+        one_step(run, batch)
+    return waits.seen
+
+
+def evidence_seconds(tasks: int) -> float:
+    """Seconds of one core for a task's evidence."""
+    chosen = load_dataset("arcagi2").training[:: max(1, 1000 // tasks)][:tasks]
+    store, started = EvidenceStore(None), time.process_time()
+    for task in chosen:
+        store.get(task)
+    return (time.process_time() - started) / len(chosen)
+
+
+def measure(name: str, args: argparse.Namespace, extra: Sequence[str]) -> str:
+    """One regime's tables."""
+    flags, roots = (*REGIMES[name], *extra), [ROOT, *args.against]
+    found: dict[Path, list[Command]] = {root: [] for root in roots}
+    floors, shares = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        run = build(flags, args.cache_dir, Path(scratch))
+        batches = ready_batches(run, args.batches)
+        for _ in range(args.repeats):
+            for root in roots:
+                found[root].append(run_command(root, flags, args.batches, args.cache_dir))
+            floor, operations = bare(run, batches)
+            floors.append(floor)
+            shares.append(operations / matmul_peak(run.precision.dtype or torch.float32, run.device))
+        waits = waits_of(run, batches[0])
+        run.log.close()
+    ours = statistics.median(one.queries_per_s for one in found[ROOT])
+    rows = []
+    for root, runs in found.items():
+        speed = [one.queries_per_s for one in runs]
+        rows.append(
+            [
+                "this checkout" if root == ROOT else root.name,
+                spread(speed, "{:.1f}"),
+                f"{statistics.median(speed) / ours:.2f}",
+                spread([one.first_batch_s for one in runs], "{:.1f}"),
+                spread([one.peak_mib for one in runs], "{:.0f}"),
+            ]
+        )
+    header = ["code", "queries/s", "median against this checkout", "seconds to the first batch", "peak MiB"]
+    told = ", ".join(f"{what} {count}" for what, count in sorted(waits.items())) or "none"
+    return (
+        f"### {name}: `{' '.join(flags) or 'the defaults'}`\n\n{table(header, rows)}\n"
+        f"- bare loop {spread(floors, '{:.1f}')} queries/s: the full loop reaches "
+        f"{ours / statistics.median(floors):.2f} of it\n"
+        f"- matrix products of the bare loop at {spread(shares, '{:.2f}')} of the machine's peak\n"
+        f"- waits for the device in a step: {told}\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], help="other checkouts, run in turn with this one"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="of everything (3)")
+    parser.add_argument("--batches", type=int, default=30, help="of a run (30)")
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES), help="all by default")
+    parser.add_argument("--evidence_tasks", type=int, default=20, help="tasks to time the evidence on (20); 0: none")
+    parser.add_argument("--cache_dir", type=Path, default=Path(default_cache()), help="evidence and tiny Qwen")
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args, extra = parser.parse_args(words[:cut]), words[cut + 1 :]
+    if args.batches <= SKIPPED + 1 or args.repeats < 1:
+        parser.error(f"--batches must be more than {SKIPPED + 1}, --repeats at least 1")
+    args.against = [root.resolve() for root in args.against]
+    print(f"## Speed\n\n- machine: {machine()}\n")
+    if args.evidence_tasks:
+        print(f"- evidence: {evidence_seconds(args.evidence_tasks):.3f} core-seconds a task\n")
+    for name in args.regimes:
+        print(measure(name, args, extra))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
