@@ -6,6 +6,10 @@ the log of a mixture over the evidence tables' predictions, whose weights (whom 
 it learns to shift, plus what the network adds; its size logits likewise start from the size rules. The prompt
 modulates the blocks, the trust in each table and each rule, and the sharpness and copy strength, so refining a prompt
 re-decides these.
+
+What no table says has to be fetched from another cell of the input: the colours that each head looks at are voices of
+the same mixture, the only ones where all tables are silent. With eight heads each sees the input under another
+symmetry of the square, displaced by as much as the prompt says.
 """
 
 from __future__ import annotations
@@ -268,28 +272,22 @@ class GridAgent(nn.Module):
         # the colours that the heads look at are further sources of the mixture, beside the tables
         self.look_trust = nn.Linear(condition, heads + 1)  # each head's, and the share of them all
         self.look_at_cell = nn.Linear(width, heads + 1, bias=False)
-        for layer in (
-            self.task_trust,
-            self.cell_trust,
-            self.head,
-            self.sharpness,
-            self.rule_trust,
-            self.size_head,
-            self.read_back,
-            self.look_trust,
-            self.look_at_cell,
-            self.paints,
-        ):
-            nn.init.zeros_(layer.weight)
+        self.start_from_the_evidence()
+        self.register_buffer("frequencies", rotary_frequencies(width // heads), persistent=False)
+        self.frequencies: Tensor
+
+    def start_from_the_evidence(self) -> None:
+        """Whatever adds to the evidence's answer adds nothing at first."""
         for layer in (self.task_trust, self.head, self.sharpness, self.rule_trust, self.size_head):
+            nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        for layer in (self.cell_trust, self.read_back, self.look_trust, self.look_at_cell, self.paints):
+            nn.init.zeros_(layer.weight)
         with torch.no_grad():
             self.look_trust.bias.zero_()[-1] = LOOK_SHARE
         # Not zero: a prompt that moves nothing at the start would leave Qwen without gradient in the first step (fix
         # 1). Half a nat: from 0.02, refinement found too little to hold on to (development split).
-        nn.init.normal_(self.prompt_trust.weight, std=0.5 / math.sqrt(prompt))
-        self.register_buffer("frequencies", rotary_frequencies(width // heads), persistent=False)
-        self.frequencies: Tensor
+        nn.init.normal_(self.prompt_trust.weight, std=0.5 / math.sqrt(self.prompt_trust.in_features))
 
     @property
     def description(self) -> str:

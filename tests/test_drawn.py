@@ -85,8 +85,8 @@ def test_a_batch_of_drawn_episodes(small_build: SmallBuild) -> None:
     run = small_build(*DRAWN)
     batch = train_batches(run, 1)[0]
     assert len(batch.query) == 6 and batch.query.owner.tolist() == [0, 0, 0, 1, 1, 1]
-    assert batch.first_view.tolist() == [0, 3] and batch.refined.tolist() == [0, 1, 3, 4]
-    assert bool((batch.query.dihedral == 0).all()) and sum(map(len, batch.feedback)) == 4
+    assert batch.first_view.tolist() == [0, 3] and batch.refined.tolist() == [0, 3]
+    assert bool((batch.query.dihedral == 0).all()) and sum(map(len, batch.feedback)) == 2
     assert bool((batch.query.canvas >= batch.query.target_size).all()), "no room for an answer"
 
 
@@ -100,7 +100,7 @@ def test_it_trains_validates_and_goes_on_where_it_was_stopped(small_run: SmallRu
     assert any(".family.crop" in key for key in rows[-1]) and any(key.startswith("val.families.") for key in rows[-1])
     part = small_run(tmp_path / "part", *flags, "--epochs", "1")
     assert part.code == 0
-    again = small_run(tmp_path / "part", "--resume", "--epochs", "2", "--output_dir", str(tmp_path / "part"))
+    again = small_run(tmp_path / "part", *flags, "--resume")
     assert again.code == 0
     assert [row["queries"] for row in again.batches] == [row["queries"] for row in whole.batches]
 
@@ -122,7 +122,8 @@ def test_extra_tasks_are_trained_on_and_never_validated(small_build: SmallBuild,
     extra = ("--queries", "5", "--pairs", "3", "--episodes", "4", "--extra_data")
     runs = [small_build(*extra, str(many_pairs(tmp_path / str(n), outputs=n))) for n in (2, 3)]
     plain = small_build()
-    assert [split.tasks for split in runs[0].splits] == [split.tasks for split in plain.splits]
+    validated = [[task.digest for split in run.splits for task in split.tasks] for run in (runs[0], plain)]
+    assert validated[0] == validated[1] != []
     batches = [train_batches(run, 100) for run in runs]
     added = [batch for batch in batches[0] if int(batch.task.min()) >= APART]
     assert sum(len(batch.task) for batch in added) == 4

@@ -21,6 +21,7 @@ from arc.generate import (
     FAMILIES,
     HELD_OUT,
     KNOWN,
+    TESTS,
     UNSEEN,
     UNSEEN_FAMILY,
     UNSEEN_TASK,
@@ -358,10 +359,10 @@ def test_a_run_on_generated_tasks(small_flags: tuple[str, ...], tmp_path: Path) 
         "6",
     ]
     flags += ["--val_splits", "seed,unseen", "--no_evidence", "--epochs", "2", "--val_views", "2"]
+    flags += ["--episodes", "12", "--queries", "2", "--save_every", "2"]
     assert main([*flags, "--output_dir", str(tmp_path / "whole")]) == 0
     rows = metrics(tmp_path / "whole")
-    unseen = UNSEEN * (2 + len(HELD_OUT))
-    assert (rows[-1]["val.pairs"], rows[-1]["val.unseen.pairs"]) == (2 * 3, unseen)
+    assert (rows[-1]["val.pairs"], rows[-1]["val.unseen.pairs"]) == (2 * 3 * TESTS, UNSEEN * 2 * TESTS)
     middle = sorted((tmp_path / "whole").glob("step-*"))[0]
     assert main([*flags, "--resume", str(middle), "--output_dir", str(tmp_path / "parts")]) == 0
     newest = [max((tmp_path / name).glob("step-*")) for name in ("whole", "parts")]

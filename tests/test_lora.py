@@ -54,7 +54,7 @@ def whole_language_model(base_folder: Path, tmp_path_factory: pytest.TempPathFac
     """A folder as the hub has them: a causal language model in bf16, in several files, its names prefixed."""
     folder = tmp_path_factory.mktemp("causal") / "qwen3"
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    shape |= {"head_dim": 16, "intermediate_size": 48, "vocab_size": 2300}
+    shape |= {"head_dim": 16, "intermediate_size": 48, "vocab_size": 2469}
     with torch.random.fork_rng():
         config = AutoConfig.for_model("qwen3", **shape, tie_word_embeddings=False)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")

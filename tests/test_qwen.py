@@ -327,7 +327,7 @@ def test_tiny_is_small_and_a_function_of_its_seed(cache: Path, tmp_path: Path) -
 
 def test_description_names_model_origin_and_sizes(cache: Path) -> None:
     line = build("tiny", cache, tune="frozen").description
-    assert "tiny" in line and "qwen3" in line and "seed 0" in line and "0.22 M parameters, 0.00 M" in line
+    assert "tiny" in line and "qwen3" in line and "seed 0" in line and "0.23 M parameters, 0.00 M" in line
     assert "\n" not in line and str(cache) not in line
 
 
