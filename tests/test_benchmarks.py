@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_FLAGS
 
-from benchmarks import fixes, learning
+from benchmarks import fixes, learning, scratch, speed
 from benchmarks.runs import Job, Result, RunFailed, Split, difference, split_scores, table, verdict
 from trainloop_complete_with_fixes import parse_arguments
 
@@ -223,3 +223,50 @@ def test_folders_differ_where_flags_do() -> None:
 
 def test_table() -> None:
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# benchmarks/scratch.py and benchmarks/speed.py
+# --------------------------------------------------------------------------------------------------------------------
+
+DRAWN = ("--families", "flip,crop", "--tasks", "1", "--pairs", "2", "--queries", "2", "--episodes", "8")
+
+
+def test_scratch(cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = tmp_path / "work"
+    flags = ["--work", str(work), "--budgets", "6", "--steps", "2", "--epochs", "2", "--seeds", "0", "--parallel", "2"]
+    flags += ["--only", "no_policy", "--cache_dir", str(cache_dir), "--", *SMALL, *DRAWN]
+    assert scratch.main(flags) == 0
+    out, _ = capsys.readouterr()
+    assert (work / "table.md").read_text() == out and "caution" not in out
+    budgets, families, worth, runs = tables(out)
+    assert list(budgets) == ["6 s"] and list(runs) == ["full", "no_policy"]
+    assert set(families) == {"flip", "crop"} and all(" / " in row["6 s"] for row in families.values())
+    assert list(worth) == [scratch.MEANING["no_policy"]]
+    assert runs["no_policy"]["delta known"].startswith("+0.0000")
+    page = (work / "curves.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "unseen" in page and "http://" not in page.replace("http://www.w3.org", "")
+    before = results(work)
+    assert len(before) == 3
+    assert scratch.main(flags) == 0 and capsys.readouterr().out == out and results(work) == before
+
+
+def test_scratch_turns_off_each_part() -> None:
+    assert scratch.PARTS.keys() == fixes.VARIANTS.keys() - {"no_evidence"}
+    jobs = scratch.make_jobs(*scratch.options(["--seeds", "0", "1", "--budgets", "300"]))
+    assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * len(scratch.PARTS)
+    for job in jobs:
+        args, given = parse_arguments(job.flags)
+        assert (args.data, args.no_evidence, args.max_side) == ("generated", True, 6)
+        assert ("time_budget" in given) == (job.label == "300 s")
+
+
+def test_speed(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--regimes", "drawn", "--repeats", "1", "--batches", "8", "--evidence_tasks", "1"]
+    assert speed.main([*flags, "--cache_dir", str(cache_dir), "--", *SMALL, *DRAWN, "--episodes", "40"]) == 0
+    out = capsys.readouterr().out
+    (rows,) = tables(out)
+    assert float(rows["this checkout"]["queries/s"].split()[0]) > 0
+    assert rows["this checkout"]["median against this checkout"] == "1.00"
+    assert float(rows["this checkout"]["seconds to the first batch"].split()[0]) > 0
+    assert "bare loop" in out and "core-seconds a task" in out and "_local_scalar_dense" in out
