@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 from arc.datasets import load_dataset  # noqa: E402
 from arc.episodes import epoch_order  # noqa: E402
@@ -130,13 +130,28 @@ def one_step(run: Run, batch: Any) -> None:
     update(run, [step], 1000)
 
 
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products. (torch's own FlopCounterMode hooks modules, which a pass
+    under `autograd.grad`, as feedback is one, does not allow.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def bare(run: Run, batches: Sequence[Any]) -> tuple[float, float]:
     """(queries a second, floating-point operations of matrix products a second) of the floor."""
     for batch in batches[:SKIPPED]:
         one_step(run, batch)
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as counter:
         one_step(run, batches[SKIPPED])
-    operations = counter.get_total_flops() / len(batches[SKIPPED].query)
+    operations = counter.total / len(batches[SKIPPED].query)
     started = time.perf_counter()
     for batch in batches[SKIPPED:]:
         one_step(run, batch)
