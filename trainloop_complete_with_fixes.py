@@ -46,7 +46,7 @@ from arc.latent import TaskLatent
 from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
 from arc.lora import Adapter, problem_with_peft, saved_base
 from arc.memory import MemoryBank
-from arc.opening import opening_lines
+from arc.opening import opening_lines, resumed_lines, summary_title
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit, window_size
 from arc.predict import PairPrediction, Predictor, evaluating, prediction_cost, views_reached
 from arc.qwen import ContextText, QwenPrompt, Tune, build_qwen, prompt_spread
@@ -76,7 +76,16 @@ from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summ
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
-from arc.splits import DEV_SPLITS, LABELS, Split, all_tasks, choose_tasks, split_list, splits_by_content
+from arc.splits import (
+    DEV_SPLITS,
+    LABELS,
+    Split,
+    all_tasks,
+    check_places,
+    choose_tasks,
+    split_list,
+    splits_by_content,
+)
 from arc.tasks import DataSet, Task
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run, newest_checkpoint
 from policy_refined import (
@@ -348,14 +357,7 @@ def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
     taken = given - {"qwen"} if args.qwen == "auto" else given
     own = {"val_limit"} if args.eval_only else set()
     adopt_flags(build_parser(), args, taken, checkpoint.state["extra"].get("flags"), free=free, own=own)
-
-
-def summary_title(args: Flags) -> str:
-    """What the summary's headline calls the run: what of it is turned off, if anything."""
-    off = [f"fix {number}: {ABLATION[number]}" for number in args.ablate]
-    off += [f"the {part}" for part in ("policy", "memory", "evidence") if getattr(args, f"no_{part}")]
-    title = "without " + "; ".join(off) if off else "All 7 Problems Fixed"
-    return f"the old settings: {title}" if args.old else title
+    check_places(args, given)
 
 
 def print_config(args: Flags, given: set[str]) -> int:
@@ -899,7 +901,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
                 in_time = False
                 break
     state.trained = in_time
-    lines = summary_lines(state, summary_title(args), size_weight, threshold, len(run.memory))
+    lines = summary_lines(state, summary_title(args, ABLATION), size_weight, threshold, len(run.memory))
     log("\n".join(lines[:-1]))
     log(lines[-1])
     run.records.check_epoch()
@@ -1145,7 +1147,7 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     run.log.open(Path(run.args.output_dir or "."), rows=None if evaluating else run.log.rows, open_events=events)
     describe(run)
     if checkpoint is not None:
-        run.log(f"Resumed from {checkpoint.path.name}: epoch {run.state.epoch}, batch {run.state.batch}")
+        run.log("\n".join(resumed_lines(run, checkpoint.path.name, checkpoint.state["extra"]["flags"].get("epochs"))))
     try:
         with run.stop.listening():
             return evaluate(run) if evaluating else train_and_submit(run)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -86,10 +88,24 @@ def end_workers(before: Sequence[Any]) -> None:
     """End the child processes that were not there `before` (multiprocessing.active_children()). They ignore SIGTERM, by
     which Python would end them at its exit and then wait for ever for one that does not answer."""
     known = {child.pid for child in before}
-    for child in multiprocessing.active_children():
-        if child.pid not in known and child.daemon:
+    ours = [child for child in multiprocessing.active_children() if child.pid not in known and child.daemon]
+    with deaf_to_children() if ours else contextlib.nullcontext():
+        for child in ours:
             child.kill()
             child.join(5)
+
+
+@contextlib.contextmanager
+def deaf_to_children() -> Iterator[None]:
+    """Inside, torch's handler of SIGCHLD does not raise that a worker has died: it is we who end it."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class Unprepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -29,6 +29,17 @@ class Settings(Protocol):
     keep: int
     eval_only: bool
     output_dir: str | None
+    epochs: int
+    time_budget: float
+    ablate: tuple[int, ...]
+    old: bool
+
+
+class Position(Protocol):
+    """Where a training stands."""
+
+    epoch: int
+    batch: int
 
 
 class Opening(Protocol):
@@ -45,6 +56,9 @@ class Opening(Protocol):
     data: DataSet
     training: tuple[Task, ...]
     splits: tuple[Split, ...]
+
+    @property
+    def state(self) -> Position: ...
 
 
 def opening_lines(run: Opening, checkpoint_bytes: int, *, events: bool) -> Sequence[str]:
@@ -72,3 +86,22 @@ def opening_lines(run: Opening, checkpoint_bytes: int, *, events: bool) -> Seque
         else "Checkpoint: only read",
         f"Folder: {args.output_dir}" + (", with TensorBoard's events in it" if events else ""),
     ]
+
+
+def resumed_lines(run: Opening, name: str, epochs: object) -> list[str]:
+    """What is continued, and what another end makes of it. epochs: the checkpoint's --epochs."""
+    lines = [f"Resumed from {name}: epoch {run.state.epoch}, batch {run.state.batch}"]
+    if epochs != run.args.epochs and not (run.args.eval_only or run.args.time_budget):
+        lines.append(
+            f"--epochs {run.args.epochs}, where the checkpoint has {epochs}: learning rates follow the new end, so "
+            "they jump from where they stood"
+        )
+    return lines
+
+
+def summary_title(args: Settings, fixes: Mapping[int, str]) -> str:
+    """What an epoch's summary calls the run: what of it is turned off, if anything. fixes: what stands in for each."""
+    off = [f"fix {number}: {fixes[number]}" for number in args.ablate]
+    off += [f"the {part}" for part in ("policy", "memory", "evidence") if getattr(args, f"no_{part}")]
+    title = "without " + "; ".join(off) if off else "All 7 Problems Fixed"
+    return f"the old settings: {title}" if args.old else title

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from arc.run.files import UserError
+from arc.run.files import UserError, printable, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -179,6 +179,14 @@ def _ask_hub(name: str, revision: str) -> str | None:
 def _check_folder(source: Source) -> None:
     """UserError, one line, unless the folder holds a Qwen that this file can load. Nothing is loaded yet."""
     folder, where = source.folder, f"--qwen {source.name}"
+    # A pipe would be waited for without end, by transformers too.
+    if odd := [
+        path.name for path in sorted(folder.iterdir()) if path.exists() and not (path.is_file() or path.is_dir())
+    ]:
+        raise UserError(f"{where}: {odd[0]} is not a regular file")
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not (folder / "config.json").exists():
+        raise UserError(f"{where}: holds an adapter alone, of {_base_of(adapter)}; merge it into its base first")
     try:
         config = json.loads((folder / "config.json").read_bytes())
         kind = config["model_type"]
@@ -189,7 +197,7 @@ def _check_folder(source: Source) -> None:
         raise UserError(f"{where}: model type {kind!r} is none of {', '.join(known)}")
     if "quantization_config" in config:
         raise UserError(f"{where}: its weights are quantised and cannot train; use the unquantised model")
-    if (folder / "adapter_config.json").exists():
+    if adapter.exists():
         raise UserError(f"{where}: holds an adapter beside the model; merge it first")
     try:
         missing = _missing_weights(folder)
@@ -199,6 +207,13 @@ def _check_folder(source: Source) -> None:
         pickled = any(folder.glob("pytorch_model*.bin"))
         remark = " (pytorch_model.bin is pickled, which may run code, and is never read)" if pickled else ""
         raise UserError(f"{where}: no {missing[0]} in the folder{remark}")
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter's configuration names, for a message."""
+    content = read_json(adapter)
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return printable(name) if isinstance(name, str) and name else "a base that it does not name"
 
 
 def _missing_weights(folder: Path) -> list[str]:
@@ -217,9 +232,12 @@ def _shards(folder: Path) -> list[str]:
     if not index.is_file():
         return [_WHOLE]
     try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(_one_line(error)) from error
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("its weight_map names files that are no strings")
+    return sorted(set(names))
 
 
 def load_backbone(source: Source) -> PreTrainedModel:

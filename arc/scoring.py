@@ -144,9 +144,16 @@ def validation_lines(epoch: int, label: str, report: SplitReport) -> list[str]:
         f"{free.pass2_pairs / n:.4f} + {(answer.pass2_pairs - free.pass2_pairs) / n:+.4f} (the agent's views "
         f"alone: {report.agent.pass1_pairs / n:.4f})",
         f"[Epoch {epoch}]   before refinement {report.before.pass1_pairs / n:.4f}, cell accuracy delta "
-        f"{report.delta:+.4f} +- {report.delta_error:.4f}",
+        f"{delta_text(report.delta, report.delta_error)}",
         *([f"[Epoch {epoch}]   by family: {families}"] if families else []),
     ]
+
+
+def delta_text(delta: float, error: float) -> str:
+    """A difference with its standard error; one pair has none, and there is no difference where no view was reached."""
+    if math.isnan(delta):
+        return "not measured"
+    return f"{delta:+.4f}" + (" (one pair)" if math.isnan(error) else f" +- {error:.4f}")
 
 
 def validation_row(prefix: str, report: SplitReport) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def log_validation(
     headline = next(iter(reports.values()))
     score = headline.score
     log(f"[Epoch {epoch}] Val Accuracy: {score.pair_accuracy:.4f} ({score.pass1_pairs}/{score.pairs})")
-    log(f"[Epoch {epoch}] Accuracy Delta: {headline.delta:+.4f}")
+    log(f"[Epoch {epoch}] Accuracy Delta: {'not measured' if math.isnan(headline.delta) else f'{headline.delta:+.4f}'}")
     row: dict[str, Any] = {"step": step, "epoch": epoch}
     if score.name in asked:
         row["val.split"] = score.name

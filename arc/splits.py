@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc.datasets import load_dataset
+from arc.datasets import BUILT_IN_SETS, load_dataset
 from arc.generate import GENERATED, UNSEEN_FAMILY, UNSEEN_TASK, generated_dataset
 from arc.run.files import UserError
 from arc.run.flags import comma_separated
@@ -233,6 +234,16 @@ def load(args: Choice, spec: str, *, as_evaluation: bool = False) -> DataSet:
     if spec == GENERATED:
         return generated_dataset(args.families, args.tasks, args.pairs, args.max_side, args.seed)
     return load_dataset(spec, as_evaluation=as_evaluation)
+
+
+def check_places(args: Any, given: Collection[str]) -> None:
+    """UserError if data whose name a checkpoint brought (not one of the flags `given`) is not on this machine, or not
+    below this folder."""
+    for name in ("data", "extra_data"):
+        spec = getattr(args, name)
+        known = spec is None or name in given or spec in (*BUILT_IN_SETS, GENERATED)
+        if not (known or os.path.exists(spec)):
+            raise UserError(f"--resume: the checkpoint's --{name} {spec!r} is not here; give --{name}")
 
 
 class Chosen(NamedTuple):

@@ -91,6 +91,11 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--epochs", "two"], ["--epochs", "'two'"]),
         (["--epochs", "1.5"], ["--epochs", "'1.5'"]),
         (["--seed", str(2**31)], ["--seed"]),
+        # argparse drops two dashes from what stands behind an equals sign
+        (["--epochs=--"], ["--epochs", "'--'"]),
+        (["--data=--"], ["'--'"]),
+        # a path that would split a log line
+        (["--output_dir", "a\nb"], ["--output_dir", "control character"]),
         # values forgotten
         (["--epochs"], ["--epochs"]),
         (["--output_dir", "--quiet"], ["--output_dir"]),

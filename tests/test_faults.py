@@ -5,20 +5,26 @@ from __future__ import annotations
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SmallRun
 from helpers import SCRIPT, everything_below, metrics
 
+from arc.loading import batches_of, end_workers, make_loader
 from arc.run import runlog
 from arc.run.runlog import RunLog
+from arc.scoring import delta_text
 from model_persistence import ModelPersistence, find_newest_run
 from trainloop_complete_with_fixes import main, parse_arguments
 
@@ -276,3 +282,28 @@ def test_values_of_a_foreign_checkpoint_are_checked(
     out, err = capsys.readouterr()
     assert code == 2 and err.startswith("error: --resume: ") and err.count("\n") == 1, (code, out, err)
     assert everything_below(tmp_path / "run") == before
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# workers, and what is said of too little
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_workers_end_without_a_word() -> None:
+    """torch's handler of SIGCHLD would raise that a worker was killed: a second traceback over the first."""
+    before = multiprocessing.active_children()
+    data: Any = torch.utils.data.TensorDataset(torch.arange(64))
+    batches = batches_of(make_loader(data, range(64), workers=2, pin_memory=False))
+    assert next(batches) is not None
+    ours = [child for child in multiprocessing.active_children() if child not in before]
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert len(ours) == 2
+    end_workers(before)
+    time.sleep(0.1)
+    assert not any(child.is_alive() for child in ours) and signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_delta_says_of_how_much_it_is() -> None:
+    assert delta_text(0.0125, 0.5) == "+0.0125 +- 0.5000"
+    assert delta_text(-0.25, math.nan) == "-0.2500 (one pair)"
+    assert delta_text(math.nan, math.nan) == "not measured"

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -491,6 +492,11 @@ def spoil_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def adapter_alone(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-0.6B"}')
+
+
 def pickle_only(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -514,6 +520,12 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "impossible shape": (lambda f: rewrite_json(f / "config.json", hidden_size=-1), "cannot be loaded"),
     "wrong shape": (lambda f: rewrite_json(f / "config.json", intermediate_size=64), "cannot be loaded"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter"),
+    "adapter alone": (adapter_alone, "Qwen/Qwen3-0.6B"),
+    "a pipe": (lambda f: os.mkfifo(f / "added_tokens.json"), "added_tokens.json is not a regular file"),
+    "index of no strings": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5, "b": ["x"]}}'),
+        "no strings",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "pickled weights": (pickle_only, "pickled"),
     "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 99), "cannot be loaded"),

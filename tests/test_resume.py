@@ -339,6 +339,7 @@ def test_more_epochs_continue_a_finished_run(uninterrupted: Outcome, small_run: 
     folder = shutil.copytree(uninterrupted.folder, tmp_path / "run")
     longer = small_run(folder, *FLAGS, "--epochs", "3", "--resume")
     assert longer.code == 0, longer.stderr
+    assert "--epochs 3, where the checkpoint has 2: learning rates follow the new end" in longer.stdout
     assert timeless(longer.rows)[: len(uninterrupted.rows)] == timeless(uninterrupted.rows)
     assert [row["epoch"] for row in longer.epochs] == [0, 1, 2]
     again = small_run(folder, *FLAGS, "--epochs", "3", "--resume")
@@ -362,6 +363,24 @@ def test_flags_not_given_are_the_checkpoints(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert trainloop.main(["--resume", "--output_dir", str(interrupted), "--cache_dir", str(cache_dir)]) == 0
     assert_same_run(interrupted, uninterrupted.folder)
+
+
+def test_data_that_only_the_checkpoint_names(
+    small_flags: tuple[str, ...], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path means nothing in another folder: the line says that it is the checkpoint's."""
+    shutil.copytree(data_dir, tmp_path / "here" / "own")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    flags = [*small_flags, "--data", "own", "--max_batches", "1", "--val_limit", "1"]
+    assert trainloop.main([*flags, "--output_dir", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = everything_below(tmp_path / "run")
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured):
+        assert trainloop.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
+    assert captured.getvalue() == "error: --resume: the checkpoint's --data 'own' is not here; give --data\n"
+    assert everything_below(tmp_path / "run") == before
 
 
 def test_harmless_flags_may_change(interrupted: Path, uninterrupted: Outcome, small_run: SmallRun) -> None:

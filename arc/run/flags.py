@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -103,7 +104,10 @@ class NumbersOf:
 
 
 def path(text: str) -> str:
-    """An argparse type: a path, or a name that stands for one; a leading ~ is the home folder."""
+    """An argparse type: a path, or a name that stands for one; a leading ~ is the home folder. No line breaks or other
+    control characters: messages and log lines name it."""
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise argparse.ArgumentTypeError(f"{text!r} has a control character in it")
     return os.path.expanduser(text)
 
 
@@ -193,6 +197,10 @@ class Arguments(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         # The one place all values pass on their way in; a bad one becomes a problem and the default stands in for it.
         try:
+            if action.nargs is None and arg_strings == ["--"]:  # argparse drops it and would give an empty list
+                value = self._get_value(action, "--")
+                self._check_value(action, value)
+                return value
             return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as problem:
             reason = self._reason(action, arg_strings[0] if arg_strings else "", problem)
