@@ -42,7 +42,7 @@ from arc.efe import EfeWeights, Pass, Weights
 from arc.episodes import EpisodeData, TrainBatch, epoch_order
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
 from arc.generate import GENERATED, KNOWN, MIN_SIDE, family_list
-from arc.latent import TaskLatent
+from arc.latent import TaskLatent, saved_latents
 from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
 from arc.lora import Adapter, problem_with_peft, saved_base
 from arc.memory import MemoryBank
@@ -279,13 +279,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Flags, set[str]]:
 def expand(args: Flags, typed: set[str], given: set[str]) -> None:
     """Flags that stand for others, or decide their defaults, where those are not given explicitly. One on the command
     line (`typed`) is stronger than what a --config says of the others."""
+    for settings in (RECIPES.get(args.recipe or "", {}), recipes.DRAWN if args.data == GENERATED else {}):
+        vars(args).update({name: value for name, value in settings.items() if name not in given})
     if args.old:
         explicit = typed if "old" in typed else given
         vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in explicit})
     if (args.adapt or args.dev) and "val_splits" not in (typed if {"adapt", "dev"} & typed else given):
         args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
-    for settings in (RECIPES.get(args.recipe or "", {}), recipes.DRAWN if args.data == GENERATED else {}):
-        vars(args).update({name: value for name, value in settings.items() if name not in given})
     if {"qwen", "qwen_tune"} & typed and "qwen_lr" not in typed and not args.old:
         args.qwen_lr = None  # the config's is that of another model
         given.discard("qwen_lr")
@@ -308,6 +308,7 @@ def conflicts(args: Flags) -> list[str]:
             args.adapt and args.dev,
             "--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks",
         ),
+        (args.task_latent and not args.tasks and args.data == GENERATED, "--task_latent: --tasks 0 has no task twice"),
         (starting and "adapted" in splits and not args.adapt, "--val_splits adapted needs --adapt"),
         (
             starting and (splits - own if args.dev else splits & own),
@@ -628,10 +629,8 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
     agent = GridAgent(NUM_TABLES, NUM_RULES, args.prompt_len, args.prompt_dim, **shape).to(device)
     policy = PromptPolicy(args.prompt_len, args.prompt_dim).to(device)
     memory = MemoryBank(args.memory_size, qwen.embedding_dim, args.prompt_len, args.prompt_dim).to(device)
-    latent = None
-    if args.task_latent:  # an evaluation has other tasks, but the same weights
-        trained = checkpoint.state["extra"]["data"]["tasks"] if checkpoint else len(chosen.training)
-        latent = TaskLatent(trained, args.prompt_len, args.prompt_dim).to(device)
+    known = saved_latents(checkpoint.state["model"]) if checkpoint else len(chosen.training)
+    latent = TaskLatent(known, args.prompt_len, args.prompt_dim).to(device) if args.task_latent else None
     optimizer, average = build_optimizer(args, qwen, agent, policy, memory, latent)
     store = NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence")
     predicted += all_tasks(chosen.data) if args.submission else []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,3 +26,9 @@ class TaskLatent(nn.Module):
         known = (task >= 0) & (task < len(self.vectors))
         found = self.vectors[task.where(known, 0)] * known[:, None, None]
         return found if keep is None else found * keep[:, None, None]
+
+
+def saved_latents(model: Mapping[str, Any]) -> int:
+    """How many tasks a checkpoint's models have latents for: an evaluation has other tasks, but the same weights."""
+    vectors = model.get("latent", {}).get("vectors")
+    return len(vectors) if isinstance(vectors, Tensor) and vectors.dim() else 0

@@ -239,7 +239,7 @@ def load(args: Choice, spec: str, *, as_evaluation: bool = False) -> DataSet:
 def check_places(args: Any, given: Collection[str]) -> None:
     """UserError if data whose name a checkpoint brought (not one of the flags `given`) is not on this machine, or not
     below this folder."""
-    for name in ("data", "extra_data"):
+    for name in ("data",) if args.eval_only else ("data", "extra_data"):
         spec = getattr(args, name)
         known = spec is None or name in given or spec in (*BUILT_IN_SETS, GENERATED)
         if not (known or os.path.exists(spec)):
@@ -270,7 +270,6 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
         "data": data.fingerprint,
         "training": training_fingerprint(training),
         "inputs": input_digests(training),
-        "tasks": len(training),
     }
     return Chosen(data, training, tuple(split.first(args.val_limit) for split in splits), record)
 

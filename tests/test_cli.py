@@ -103,6 +103,7 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--agent_width", "20", "--agent_heads", "3"], ["--agent_width 20", "--agent_heads"]),
         (["--views", "8", "--batch_size", "4"], ["--views 8", "--batch_size 4"]),
         (["--eval_only"], ["--eval_only", "--resume"]),
+        (["--data", "generated", "--tasks", "0", "--task_latent"], ["--task_latent", "--tasks 0"]),
     ],
 )
 def test_bad_flags(flags: list[str], names: list[str], refused: Refused) -> None:

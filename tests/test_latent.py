@@ -72,3 +72,9 @@ def test_a_recipe_is_flags_that_others_override(small_run: SmallRun, tmp_path: P
     small = ("--recipe", "gpu", "--agent_width", "32", "--agent_blocks", "1", "--epochs", "1", "--max_batches", "2")
     done = small_run(tmp_path / "run", *small, "--val_views", "1")
     assert done.code == 0 and "adapted split" in done.stdout
+
+
+def test_old_settings_are_stronger_than_a_recipe() -> None:
+    args, _ = parse_arguments(["--data", "generated", "--old"])
+    assert (args.agent_lr, args.qwen_lr, args.agent_width) == (1e-5, 5e-5, 64)
+    assert parse_arguments(["--data", "generated", "--old", "--agent_lr", "0.5"])[0].agent_lr == 0.5
