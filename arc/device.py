@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,12 @@ class Precision:
 
 
 def resolve_device(choice: str) -> torch.device:
-    """The device for --device auto|cpu|cuda|mps. UserError, one line, if this machine does not have it."""
+    """The device for --device auto|cpu|cuda|mps. UserError, one line, if this machine does not have it, or if torchrun
+    has started several processes: each would train the same by itself."""
+    if "LOCAL_RANK" in os.environ and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"torchrun started {processes} processes, and this program trains on one device: start it as one"
+        )
     cuda = torch.cuda.is_available()
     mps = torch.backends.mps.is_available()
     if choice == "auto":
