@@ -136,8 +136,7 @@ class Flags:
                               path, UNSAVED, metavar="FILE")
     print_config: bool = flag(RUN, False, "print the resolved flags as JSON and leave; nothing is written",
                               resume=UNSAVED)
-    recipe: str | None = flag(RUN, None, "settings that go together; other flags are stronger. gpu: for one card",
-                              tuple(RECIPES), UNSAVED)
+    recipe: str | None = flag(RUN, None, "flags that go together (others win); gpu: one card", tuple(RECIPES), UNSAVED)
     epochs: int = flag(RUN, 20, "passes over all episodes", whole(1), FREE)
     max_batches: int = flag(RUN, 0, "batches an epoch at most; 0: all", whole(0))
     time_budget: float = flag(RUN, 0.0, "seconds for the whole command, final validation included (about); 0: no limit",
@@ -584,6 +583,7 @@ class Run:
     training: tuple[Task, ...]
     splits: tuple[Split, ...]  # what is predicted and scored
     trained_on: dict[str, Any]  # what a checkpoint records of the data, to recognise them
+    extra: tuple[Task, ...]
     store: EvidenceStore
     fixes: Fixes
     qwen: QwenPrompt
@@ -909,7 +909,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
 def training_data(run: Run) -> EpisodeData:
     """What the loader builds training batches with."""
-    return EpisodeData.of(run.args, run.training, run.store, run.qwen.encoder)
+    return EpisodeData.of(run.args, run.training, run.extra, run.store, run.qwen.encoder)
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
@@ -1022,9 +1022,10 @@ def load_checkpoint(persistence: ModelPersistence, which: str) -> Checkpoint:
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into a built run. Order: weights, optimizer and scaler, state, random generators last."""
     tree, extra = checkpoint.state, checkpoint.state["extra"]
-    same = all(extra["data"][key] == run.trained_on[key] for key in ("data", "training"))
+    of = ("data", "training") if run.args.eval_only else ("data", "training", "extra")
+    same = all(extra["data"].get(key) == run.trained_on[key] for key in of)
     if not same and run.training:  # with nothing to train, the checkpoint's model may predict anything
-        raise UserError("--resume: the checkpoint was made with other data; give the same --data")
+        raise UserError("--resume: the checkpoint was made with other data; give the same --data (and --extra_data)")
     if (saved := saved_base(extra)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
         raise UserError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():

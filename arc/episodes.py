@@ -25,7 +25,6 @@ from arc.batches import (
     make_query,
     pad_ids,
 )
-from arc.datasets import load_dataset
 from arc.drawn import DrawnTasks, ManyPairs, Source
 from arc.evidence import EvidenceStore, NoEvidence, QueryEvidence, feedback_indices
 from arc.generate import GENERATED
@@ -98,23 +97,13 @@ class Drawn:
     index: int
 
 
-def source_of(args: Plan) -> Source | None:
-    """Where --data, or else --extra_data, draws pairs from; None where there are only demonstrations to hold out."""
-    spec = args.data if args.data == GENERATED else args.extra_data
-    if spec is None:
-        return None
-    if spec == GENERATED:
+def source_of(args: Plan, extra: tuple[Task, ...]) -> Source | None:
+    """Where --data generated, or else --extra_data, draws pairs from (`extra`: the tasks of its file); None where there
+    are only demonstrations to hold out."""
+    if GENERATED in (args.data, args.extra_data):
         shape = (args.families, args.tasks, args.pairs, args.max_side, args.seed, args.queries)
         return DrawnTasks(*shape, args.augment, known=args.data == GENERATED)
-    tasks = load_dataset(spec, whole_lists=True).training
-    return ManyPairs(tuple(map(without_its_tests, tasks)), args.pairs, args.seed, args.queries, args.augment)
-
-
-def without_its_tests(task: Task) -> Task:
-    """The task without demonstrations that start from one of its test inputs: the same file may be validated on."""
-    asked = {(pair.input.shape, pair.input.tobytes()) for pair in task.test}
-    kept = tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
-    return Task(task.id, kept or task.train, task.test)
+    return ManyPairs(extra, args.pairs, args.seed, args.queries, args.augment) if extra else None
 
 
 def epoch_order(args: Plan, tasks: Sequence[Task], epoch: int) -> list[tuple[Episode | Drawn, ...]]:
@@ -226,8 +215,8 @@ class EpisodeData(torch.utils.data.Dataset):
         self.refined_views = refined_views
 
     @classmethod
-    def of(cls, args: Plan, tasks: Sequence[Task], store: EvidenceStore, encode: Any) -> Self:
-        """As the flags have it."""
+    def of(cls, args: Plan, tasks: Sequence[Task], extra: tuple[Task, ...], store: EvidenceStore, encode: Any) -> Self:
+        """As the flags have it. extra: see `source_of`."""
         return cls(
             tasks,
             store,
@@ -237,7 +226,7 @@ class EpisodeData(torch.utils.data.Dataset):
             augment=args.augment,
             feedback_pairs=args.feedback_pairs,
             refined_views=args.refined_views,
-            source=source_of(args),
+            source=source_of(args, extra),
             # Beside ARC they are there to be learned from through the prompt alone; evidence of tasks that come once
             # would cost more than all the rest.
             passing=store if args.data == GENERATED else NoEvidence(),

@@ -227,6 +227,7 @@ class Choice(Protocol):
     tasks: int
     pairs: int
     max_side: int
+    extra_data: str | None
 
 
 def load(args: Choice, spec: str, *, as_evaluation: bool = False) -> DataSet:
@@ -253,6 +254,7 @@ class Chosen(NamedTuple):
     training: tuple[Task, ...]
     splits: tuple[Split, ...]  # what is predicted and scored
     trained_on: dict[str, Any]
+    extra: tuple[Task, ...] = ()  # from a file of --extra_data: trained on, never predicted
 
 
 def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callable[[str], None]) -> Chosen:
@@ -266,12 +268,36 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
         splits = splits_by_content(all_tasks(data), trained_on["inputs"])
     else:
         training, splits = split_tasks(args, data, log)
+    extra = () if args.eval_only or args.extra_data is None else load_extra(args)
     record = {
         "data": data.fingerprint,
         "training": training_fingerprint(training),
-        "inputs": input_digests(training),
+        "extra": training_fingerprint(extra),
+        "inputs": input_digests((*training, *extra)),
     }
-    return Chosen(data, training, tuple(split.first(args.val_limit) for split in splits), record)
+    return Chosen(data, training, tuple(split.first(args.val_limit) for split in splits), record, extra)
+
+
+def load_extra(args: Choice) -> tuple[Task, ...]:
+    """The tasks of a file or folder of --extra_data, of each list of pairs all but the last; none for generated ones,
+    which are drawn when they are needed. No demonstration starts from a test input of its task: the same file may be
+    validated on. UserError for what cannot be trained on."""
+    if args.data == GENERATED:
+        raise UserError(f"--extra_data {args.extra_data}: goes with other --data than {GENERATED}")
+    if args.extra_data == GENERATED:
+        return ()
+    try:
+        tasks = load_dataset(str(args.extra_data), whole_lists=True).training
+    except UserError as error:
+        raise UserError(f"--extra_data: {error}") from None
+    found = []
+    for task in tasks:
+        asked = {(pair.input.shape, pair.input.tobytes()) for pair in task.test}
+        kept = tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
+        found += [Task(task.id, kept, task.test)] if len(kept) > 1 else []
+    if not found:
+        raise UserError(f"--extra_data {args.extra_data}: no training task with two demonstrations in it")
+    return tuple(found)
 
 
 def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tuple[tuple[Task, ...], tuple[Split, ...]]:

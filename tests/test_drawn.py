@@ -21,6 +21,7 @@ from arc.episodes import Drawn, drawn_batches, source_of
 from arc.generate import BASIC, FAMILIES, generated_dataset, origin
 from arc.generate.family import is_test_input
 from arc.tasks import Task
+from trainloop_complete_with_fixes import main
 
 GENERATED = ("--data", "generated", "--families", "flip,crop", "--max_side", "6", "--no_evidence", "--tasks", "3")
 DRAWN = (*GENERATED, "--queries", "3", "--episodes", "6", "--batch_size", "6", "--unseen", "generated")
@@ -161,12 +162,33 @@ def test_a_generators_list_of_pairs_is_drawn_from_whole(small_build: SmallBuild,
     run = small_build("--data", str(folder), "--extra_data", str(folder), "--queries", "6", "--episodes", "30")
     (known,) = run.training
     assert len(known.train) == 4 and known.test[0].input.tolist() == pairs[-1]["input"]
-    source = source_of(run.args)
+    source = source_of(run.args, run.extra)
     assert isinstance(source, ManyPairs) and len(source.known[0].train) == 20
     drawn = [pair for index in range(30) for pair in source.episode(0, index)[1].train]
     assert len({pair.input.tobytes() for pair in drawn}) > 10
     asked = {pair.input.tobytes() for index in range(30) for pair in source.episode(0, index)[1].test}
     assert known.test[0].input.tobytes() not in asked | {pair.input.tobytes() for pair in drawn}
+
+
+def test_extra_data_that_cannot_be_trained_on(
+    small_flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is written; on resume, so is a file that has changed."""
+    run, lists = str(tmp_path / "run"), tmp_path / "lists.json"
+    pairs = [{"input": [[number, 1]], "output": [[1, number]]} for number in range(6)]
+    lists.write_text(json.dumps([pairs[0], pairs[0]]))
+    for spec, words in (("nope", "--extra_data: data 'nope'"), (str(lists), "no training task with two")):
+        assert main([*small_flags, "--extra_data", spec, "--output_dir", run]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not Path(run).exists()
+    assert main([*small_flags, "--data", "generated", "--extra_data", "generated", "--output_dir", run]) == 2
+    lists.write_text(json.dumps(pairs))
+    flags = [*small_flags, "--extra_data", str(lists), "--max_batches", "1", "--val_limit", "1", "--output_dir", run]
+    assert main(flags) == 0
+    lists.write_text(json.dumps(pairs[1:]))
+    assert main([*flags, "--resume", "--epochs", "2"]) == 2 and "other data" in capsys.readouterr().err
+    lists.unlink()
+    assert main(["--eval_only", "--resume", run, "--device", "cpu", *small_flags[-4:]]) == 0
 
 
 def test_nothing_that_a_validation_asks_is_trained_on(small_build: SmallBuild) -> None:
