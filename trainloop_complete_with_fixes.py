@@ -154,8 +154,7 @@ class Flags:
 
     data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, generated, a JSON file, a zip or a folder",
                      path, FREE)
-    extra_data: str | None = flag(DATA, None, "train on these too, never validate: generated, or a file or folder of "
-                                  "tasks with many pairs", path)
+    extra_data: str | None = flag(DATA, None, "trained on, never validated: generated, or files of many pairs", path)
     families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known (default), all, or names, "
                                      "comma-separated", family_list)
     tasks: int = flag(DATA, 20, "of --data generated: tasks of each family; 0: fresh ones without end",
@@ -751,8 +750,9 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
     reward_objective = reward_with_gradient(run, query, (before, after), prompt, feedback, hard_before, noise)
     loss = fixes.objective(efe["total"], reward_objective)  # FIX 2
     run.scaler.scale(loss / window).backward()  # FIX 7
-    groups = len(batch.task)
-    solved = mean_per_owner(exact_match(hard_after.grid, query.target_grid), query.owner, groups)
+    right = exact_match(first.predicted_grid(batch.query), batch.query.target_grid)
+    right[batch.refined] = exact_match(hard_after.grid, query.target_grid)
+    solved = mean_per_owner(right, batch.query.owner, len(batch.task))  # graded: a share of an episode's queries
     threshold, stored = fixes.threshold.get_threshold(), 0
     if not run.args.no_memory:
         stored = run.memory.offer_batch(key, refined, batch.task, solved, threshold, run.state.step)  # FIX 5
@@ -764,10 +764,10 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
         "reward_objective": reward_objective,
         "mask_ratio": passes[1].weights.ratio.mean(),
         "solved": solved.mean(),
-        "vote_solved": mean_per_owner(voted[batch.refined], query.owner, groups).mean(),
+        "vote_solved": mean_per_owner(voted, batch.query.owner, len(batch.task)).mean(),
         "prompt_spread": prompt_spread(prompt, batch.context_ids),
     }
-    counted = {"stored": stored, "offers": 0 if run.args.no_memory else groups, "queries": len(batch.query)}
+    counted = {"stored": stored, "offers": 0 if run.args.no_memory else len(batch.task), "queries": len(batch.query)}
     return Step({name: value.detach().float() for name, value in measured.items()}, counted)
 
 

@@ -39,7 +39,7 @@ def trained_beginner(build: SmallBuild, *flags: str) -> Run:
     """A run after one epoch, whose agent solves no task in all of its views, as a beginner does: just enough noise in
     the agent's head makes what it answers depend on the view."""
     slow = ("--agent_lr", "1e-9", "--qwen_lr", "1e-9", "--policy_lr", "1e-9")  # it stays one for the whole epoch
-    run = build("--views", "8", "--refined_views", "8", "--batch_size", "32", *slow, *flags)
+    run = build("--views", "8", "--refined_views", "1", "--batch_size", "32", *slow, *flags)
     batches = train_batches(run, 99)
     noise = torch.randn(run.agent.head.weight.shape, generator=torch.Generator().manual_seed(0))
     for scale in (0.1 * 1.1**step for step in range(50)):
