@@ -89,7 +89,7 @@ def end_workers(before: Sequence[Any]) -> None:
     which Python would end them at its exit and then wait for ever for one that does not answer."""
     known = {child.pid for child in before}
     ours = [child for child in multiprocessing.active_children() if child.pid not in known and child.daemon]
-    with deaf_to_children() if ours else contextlib.nullcontext():
+    with deaf_to_children():
         for child in ours:
             child.kill()
             child.join(5)

@@ -149,11 +149,13 @@ def validation_lines(epoch: int, label: str, report: SplitReport) -> list[str]:
     ]
 
 
-def delta_text(delta: float, error: float) -> str:
-    """A difference with its standard error; one pair has none, and there is no difference where no view was reached."""
+def delta_text(delta: float, error: float | None = None) -> str:
+    """A difference, with its standard error if that is to be told; one pair has none, and there is no difference where
+    no view was reached."""
     if math.isnan(delta):
         return "not measured"
-    return f"{delta:+.4f}" + (" (one pair)" if math.isnan(error) else f" +- {error:.4f}")
+    spread = "" if error is None else " (one pair)" if math.isnan(error) else f" +- {error:.4f}"
+    return f"{delta:+.4f}{spread}"
 
 
 def validation_row(prefix: str, report: SplitReport) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def log_validation(
     headline = next(iter(reports.values()))
     score = headline.score
     log(f"[Epoch {epoch}] Val Accuracy: {score.pair_accuracy:.4f} ({score.pass1_pairs}/{score.pairs})")
-    log(f"[Epoch {epoch}] Accuracy Delta: {'not measured' if math.isnan(headline.delta) else f'{headline.delta:+.4f}'}")
+    log(f"[Epoch {epoch}] Accuracy Delta: {delta_text(headline.delta)}")
     row: dict[str, Any] = {"step": step, "epoch": epoch}
     if score.name in asked:
         row["val.split"] = score.name

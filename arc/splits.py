@@ -21,7 +21,7 @@ from arc.datasets import BUILT_IN_SETS, load_dataset
 from arc.generate import GENERATED, UNSEEN_FAMILY, UNSEEN_TASK, generated_dataset
 from arc.run.files import UserError
 from arc.run.flags import comma_separated
-from arc.tasks import DataSet, Task, drop_duplicates, same_content
+from arc.tasks import DataSet, Pair, Task, drop_duplicates, same_content
 
 # The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
 NEW = -2
@@ -92,7 +92,7 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
         earlier = [number_of[twin.id] for twin in twins if number_of.get(twin.id, NEW) != NEW]
         if earlier:
             number_of[task.id] = min(earlier)
-        elif any(_shows_test_input(task, twin) for twin in twins):
+        elif any(len(_not_asked(task, twin)) < len(task.train) for twin in twins):
             number_of[task.id] = NEW
         else:
             number_of[task.id] = start + len(chosen)
@@ -100,10 +100,10 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
     return tuple(chosen), tuple(number_of[task.id] for task in evaluation)
 
 
-def _shows_test_input(task: Task, twin: Task) -> bool:
-    """Whether a demonstration of `task` starts from a test input of `twin`."""
+def _not_asked(task: Task, twin: Task) -> tuple[Pair, ...]:
+    """The demonstrations of `task` that start from no test input of `twin`."""
     asked = {(pair.input.shape, pair.input.tobytes()) for pair in twin.test}
-    return any((pair.input.shape, pair.input.tobytes()) in asked for pair in task.train)
+    return tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class Chosen(NamedTuple):
     training: tuple[Task, ...]
     splits: tuple[Split, ...]  # what is predicted and scored
     trained_on: dict[str, Any]
-    extra: tuple[Task, ...] = ()  # from a file of --extra_data: trained on, never predicted
+    extra: tuple[Task, ...]  # from a file of --extra_data: trained on, never predicted
 
 
 def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callable[[str], None]) -> Chosen:
@@ -290,14 +290,11 @@ def load_extra(args: Choice) -> tuple[Task, ...]:
         tasks = load_dataset(str(args.extra_data), whole_lists=True).training
     except UserError as error:
         raise UserError(f"--extra_data: {error}") from None
-    found = []
-    for task in tasks:
-        asked = {(pair.input.shape, pair.input.tobytes()) for pair in task.test}
-        kept = tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
-        found += [Task(task.id, kept, task.test)] if len(kept) > 1 else []
+    kept = [Task(task.id, _not_asked(task, task), task.test) for task in tasks]
+    found = tuple(task for task in kept if len(task.train) > 1)
     if not found:
         raise UserError(f"--extra_data {args.extra_data}: no training task with two demonstrations in it")
-    return tuple(found)
+    return found
 
 
 def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tuple[tuple[Task, ...], tuple[Split, ...]]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +42,7 @@ from arc.evidence import EvidenceStore  # noqa: E402
 from arc.run.files import default_cache  # noqa: E402
 from arc.run.randomness import normal_noise  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
-from benchmarks.runs import ROOT, machine, spread, table  # noqa: E402
+from benchmarks.runs import ROOT, RunFailed, machine, parse, spread, table  # noqa: E402
 from trainloop_complete_with_fixes import (  # noqa: E402
     Run,
     build_run,
@@ -70,23 +69,21 @@ class Command:
 
 
 def run_command(root: Path, flags: Sequence[str], batches: int, cache: Path) -> Command:
-    """The command in the checkout `root`, for `batches` batches. RuntimeError if it fails."""
+    """The command in the checkout `root`, for `batches` batches. RunFailed if it fails; stderr says why."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
         command = [sys.executable, str(root / "trainloop_complete_with_fixes.py"), "--quiet", "--no_tensorboard"]
         command += ["--cache_dir", str(cache), "--output_dir", str(folder), "--epochs", "1", "--val_every", "0"]
         command += ["--max_batches", str(batches), "--log_every", "1", "--val_limit", "2", "--val_views", "1", *flags]
         started, first, peak = time.monotonic(), 0.0, 0.0
-        with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
                 if not first and has_rows(folder):
                     first = time.monotonic() - started
                 peak = max(peak, resident_mib(process.pid))
                 time.sleep(0.02)
             if process.returncode:
-                raise RuntimeError(
-                    f"{root}: exit code {process.returncode}: {(process.stderr or open(os.devnull)).read()!r}"
-                )
+                raise RunFailed(f"{root}: exit code {process.returncode}")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         counted = [row for row in rows if "loss" in row][SKIPPED:]
         seconds = sum(row["queries"] / row["samples_per_s"] for row in counted)
@@ -272,9 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES), help="all by default")
     parser.add_argument("--evidence_tasks", type=int, default=20, help="tasks to time the evidence on (20); 0: none")
     parser.add_argument("--cache_dir", type=Path, default=Path(default_cache()), help="evidence and tiny Qwen")
-    words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
-    args, extra = parser.parse_args(words[:cut]), words[cut + 1 :]
+    args, extra = parse(parser, argv)
     if args.batches <= SKIPPED + 1 or args.repeats < 1:
         parser.error(f"--batches must be more than {SKIPPED + 1}, --repeats at least 1")
     args.against = [root.resolve() for root in args.against]
