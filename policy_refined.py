@@ -8,7 +8,7 @@ Grids are (B, 30, 30) integer tensors holding -1 outside the grid, so a grid car
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -206,6 +206,7 @@ class PromptPolicy(nn.Module):
         self.log_step = nn.Parameter(torch.full((prompt_len, 1), -1.6))
         self.register_buffer("gradient_square", torch.zeros(()))  # running mean square of the feedback's gradient
         self.gradient_square: Tensor
+        self.total: Callable[[Tensor], Tensor] = torch.clone  # of a tensor over all processes; one alone has its own
 
     def refine_prompt(
         self, prompt: Tensor, feedback: Feedback, *, noise: Tensor | None = None, observe: bool | None = None
@@ -245,13 +246,16 @@ class PromptPolicy(nn.Module):
 
     @torch.no_grad()
     def observe(self, feedback: Feedback) -> None:
-        """Update the running mean square of the gradient (decay 0.99; the first observation is taken whole)."""
-        if not bool((feedback.pairs > 0).any()):
-            return
-        square = feedback.gradient[feedback.pairs > 0].square().mean()
-        if bool(torch.isfinite(square)):
-            decay = 0.99 if float(self.gradient_square) > 0 else 0.0
-            self.gradient_square.mul_(decay).add_((1 - decay) * square)
+        """Update the running mean square of the gradient over the tasks with feedback, those of all processes (decay
+        0.99; the first observation is taken whole, one that is not finite not at all)."""
+        told = feedback.pairs > 0
+        squares = feedback.gradient.square().mean((1, 2)).where(told, 0.0)
+        square, count = self.total(torch.stack((squares.sum(), told.sum().float()))).unbind()
+        square = square / count.clamp(min=1)
+        decay = torch.where(self.gradient_square > 0, 0.99, 0.0)
+        updated = decay * self.gradient_square + (1 - decay) * square
+        counts = torch.isfinite(square) & (count > 0)
+        self.gradient_square.copy_(torch.where(counts, updated, self.gradient_square))
 
 
 def context_feedback(agent: GridAgent, context: Sequence[QueryBatch], prompt: Tensor) -> Feedback:

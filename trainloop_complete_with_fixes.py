@@ -37,6 +37,7 @@ from arc import efe as free_energy
 from arc import recipes
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
 from arc.batches import PredictionBatch, QueryBatch, context_pairs, reverse_queries
+from arc.conflicts import conflicts, problems_of_all
 from arc.device import Precision, resolve_device, resolve_precision
 from arc.efe import EfeWeights, Pass, Weights
 from arc.episodes import EpisodeData, TrainBatch, epoch_order
@@ -44,17 +45,18 @@ from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
 from arc.generate import GENERATED, KNOWN, MIN_SIDE, family_list
 from arc.latent import TaskLatent, saved_latents
 from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
-from arc.lora import Adapter, problem_with_peft, saved_base
+from arc.lora import Adapter, saved_base
 from arc.memory import MemoryBank
 from arc.opening import opening_lines, resumed_lines, summary_title
-from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, problem_with_eight_bit, window_size
-from arc.predict import PairPrediction, Predictor, evaluating, prediction_cost, views_reached
-from arc.qwen import ContextText, QwenPrompt, Tune, build_qwen, prompt_spread
+from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, window_size
+from arc.parallel import PeerLost, Team, join, one_voice, share_of
+from arc.predict import PairPrediction, Predictor, evaluating, gathered, prediction_cost, views_reached
+from arc.qwen import ContextText, QwenPrompt, Tune, build_qwen, context_codes, prompt_spread
 from arc.qwen_source import quiet_downloads
 from arc.recipes import RECIPES
 from arc.report import keep_predictions, open_events, try_report
 from arc.run.budget import Budget, part_of
-from arc.run.files import UserError, cannot_write, cannot_write_file, default_cache, replace_file
+from arc.run.files import UserError, default_cache, replace_file
 from arc.run.flags import (
     Arguments,
     NumbersOf,
@@ -116,6 +118,7 @@ ABLATION = {
 # What --old stands for: every fix turned back, and the seed's learning rates.
 OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 DEFAULT_THREADS = torch.get_num_threads()
+PROBLEMS = (UserError, PersistenceError)  # one line, which is all that there is to know
 CHECKPOINT_FORMAT = 4  # raise it when checkpoints of before can no longer be continued
 
 
@@ -287,65 +290,6 @@ def expand(args: Flags, typed: set[str], given: set[str]) -> None:
     if {"qwen", "qwen_tune"} & typed and "qwen_lr" not in typed and not args.old:
         args.qwen_lr = None  # the config's is that of another model
         given.discard("qwen_lr")
-
-
-def conflicts(args: Flags) -> list[str]:
-    """Problems between flags, or with this machine, that can be known before anything is built."""
-    splits, own, heads = set(args.val_splits), set(DEV_SPLITS), 4 * args.agent_heads
-    starting = not args.resume  # else the checkpoint's --adapt and --dev hold
-    found = [
-        (
-            args.agent_width % heads,
-            f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({heads})",
-        ),
-        (
-            args.adapt and "unseen" in splits,
-            "--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on",
-        ),
-        (
-            args.adapt and args.dev,
-            "--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks",
-        ),
-        (args.task_latent and not args.tasks and args.data == GENERATED, "--task_latent: --tasks 0 has no task twice"),
-        (starting and "adapted" in splits and not args.adapt, "--val_splits adapted needs --adapt"),
-        (
-            starting and (splits - own if args.dev else splits & own),
-            "--val_splits dev_unseen,dev_seen, and no others, go with --dev",
-        ),
-        (
-            args.submission is not None and args.eval_only and args.val_limit,
-            "--submission needs every task; leave out --val_limit",
-        ),
-        (args.views > args.batch_size, f"--views {args.views} do not fit in --batch_size {args.batch_size}"),
-        (args.eval_only and starting, "--eval_only needs --resume (latest, best or a checkpoint's path)"),
-    ]
-    problems = [problem for wrong, problem in found if wrong]
-    try:
-        problems += problems_of_all(args)
-    except UserError as error:
-        problems.append(str(error))
-    if args.submission is not None and (problem := cannot_write_file(Path(args.submission))):
-        problems.append(f"--submission: {problem}")
-    for name in ("output_dir", "cache_dir", "backup_dir"):
-        folder = getattr(args, name)
-        if folder is not None and (problem := cannot_write(Path(folder))):
-            problems.append(f"--{name}: {problem}")
-    return problems
-
-
-def problems_of_all(args: Flags) -> list[str]:
-    """Problems that a checkpoint's flags may bring as well; one line each. UserError for a device that is not there."""
-    device, ablated = resolve_device(args.device), 1 in args.ablate
-    eight_bit = args.optim_qwen == "adamw8bit" and not args.eval_only and not ablated
-    found = [
-        problem_with_peft() if args.qwen_tune == "lora" and not ablated else None,
-        problem_with_eight_bit(device) if eight_bit else None,
-    ]
-    if args.no_policy and args.refine_steps > 1:
-        found.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
-    if args.dev and args.submission is not None:
-        found.append("--submission predicts test inputs, which --dev keeps away from")
-    return [problem for problem in found if problem]
 
 
 def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
@@ -572,6 +516,7 @@ class Run:
     """Everything the loop works with."""
 
     args: Flags
+    team: Team
     log: RunLog
     records: Records
     stop: StopSignal
@@ -613,11 +558,13 @@ class Run:
         }
 
 
-def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint | None = None) -> Run:
+def build_run(
+    args: Flags, log: RunLog, started: float, checkpoint: Checkpoint | None = None, team: Team | None = None
+) -> Run:
     """Data, models, optimizer. UserError with one line for what the user can mend; writes nothing into the run's
     folder. checkpoint: what will be restored; it says which data it was trained on, and which weights its adapter
     belongs to."""
-    device = resolve_device(args.device)
+    device, team = resolve_device(args.device), team or Team()
     precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)  # FIX 7
     torch.set_num_threads(args.threads or DEFAULT_THREADS)  # an earlier run in this notebook may have changed it
     chosen = choose_tasks(args, checkpoint.state["extra"]["data"] if checkpoint else None, log)
@@ -627,6 +574,7 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
     shape = {name: getattr(args, f"agent_{name}") for name in ("width", "heads", "blocks", "passes")}
     agent = GridAgent(NUM_TABLES, NUM_RULES, args.prompt_len, args.prompt_dim, **shape).to(device)
     policy = PromptPolicy(args.prompt_len, args.prompt_dim).to(device)
+    policy.total = team.total
     memory = MemoryBank(args.memory_size, qwen.embedding_dim, args.prompt_len, args.prompt_dim).to(device)
     known = saved_latents(checkpoint.state["model"]) if checkpoint else len(chosen.training)
     latent = TaskLatent(known, args.prompt_len, args.prompt_dim).to(device) if args.task_latent else None
@@ -639,9 +587,10 @@ def build_run(args: Flags, log: RunLog, started: float, checkpoint: Checkpoint |
     )
     return Run(
         args=args,
+        team=team,
         log=log,
         records=Records(log, state, budget, strict=args.strict, log_every=args.log_every),
-        stop=StopSignal(log),
+        stop=StopSignal(log, patient=not team.alone),
         budget=budget,
         device=device,
         precision=precision,
@@ -724,8 +673,9 @@ def build_optimizer(
 
 
 def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
-    """Forward and backward of one batch; `update` steps. noise (S, G, A): the policy's; window: batches an update."""
-    fixes, agent = run.fixes, run.agent
+    """Forward and backward of this process's share of one batch; `update` steps. Every mean is over the whole batch:
+    here is what these episodes contribute (`Team`). noise (S, G, A): the policy's; window: batches an update."""
+    fixes, agent, team = run.fixes, run.agent, run.team
     with run.precision.autocast(run.device):  # FIX 7
         prompt, key = read_prompt(run, batch)  # FIX 1: gradient flows into Qwen, no cache, no no_grad
         first = agent(batch.query, prompt)
@@ -740,8 +690,9 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
         )
         # The way back is trained on each episode's first view only: it costs a pass of its own.
         asked = reverse_queries(batch.query.target_grid[batch.first_view], batch.query, batch.first_view)
-        terms = free_energy.terms(passes, asked, agent(asked, refined, reverse=True))
-        terms["prompt"] = fixes.consistency(torch.cat([prompt, refined.float()]), batch.task.repeat(2))  # FIX 6
+        terms = free_energy.terms(passes, asked, agent(asked, refined, reverse=True), team.portion)
+        tasks, prompts = team.gather(batch.task), (team.gather(prompt), team.gather(refined.float()))
+        terms["prompt"] = team.once(fixes.consistency(torch.cat(prompts), tasks.repeat(2)))  # FIX 6
         efe = free_energy.combine(terms, run.weights, fixes.curriculum.get_size_loss_weight(run.state.epoch))  # FIX 4
         found = there_and_back(agent, query, (before, after), (prompt, refined))
         hard_before, hard_after = (Prediction(*grids) for grids in found)
@@ -755,19 +706,21 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
     solved = mean_per_owner(right, batch.query.owner, len(batch.task))  # graded: a share of an episode's queries
     threshold, stored = fixes.threshold.get_threshold(), 0
     if not run.args.no_memory:
-        stored = run.memory.offer_batch(key, refined, batch.task, solved, threshold, run.state.step)  # FIX 5
+        keys, values, shares = team.gather(key.detach()), prompts[1].detach(), team.gather(solved)
+        stored = run.memory.offer_batch(keys, values, tasks, shares, threshold, run.state.step)  # FIX 5
     measured = {
         "loss": loss,
         **{f"efe.{name}": value for name, value in efe.items()},
-        "reward": reward.mean(),
-        **{name: value.mean() for name, value in deltas.items()},
+        "reward": team.mean(reward),
+        **{name: team.mean(value) for name, value in deltas.items()},
         "reward_objective": reward_objective,
-        "mask_ratio": passes[1].weights.ratio.mean(),
-        "solved": solved.mean(),
-        "vote_solved": mean_per_owner(voted, batch.query.owner, len(batch.task)).mean(),
-        "prompt_spread": prompt_spread(prompt, batch.context_ids),
+        "mask_ratio": team.mean(passes[1].weights.ratio),
+        "solved": team.mean(solved),
+        "vote_solved": team.mean(mean_per_owner(voted, batch.query.owner, len(batch.task))),
+        "prompt_spread": team.once(prompt_spread(prompts[0], team.gather(context_codes(batch.context_ids)))),
     }
-    counted = {"stored": stored, "offers": 0 if run.args.no_memory else len(batch.task), "queries": len(batch.query)}
+    counted = {"stored": stored if team.is_first else 0, "queries": team.count(len(batch.query))}
+    counted["offers"] = 0 if run.args.no_memory else team.count(len(batch.task))
     return Step({name: value.detach().float() for name, value in measured.items()}, counted)
 
 
@@ -795,17 +748,19 @@ def reward_with_gradient(
         return torch.zeros((), device=run.device)
     if run.args.policy_objective == "rloo":
         with run.precision.autocast(run.device):
-            return sampled_objective(run.policy, run.agent, query, prompt, feedback, hard_before, noise)
+            sampled = sampled_objective(run.policy, run.agent, query, prompt, feedback, hard_before, noise)
+        return sampled * run.team.portion(sampled.new_tensor(len(prompt)))
     before, after = (SoftPrediction(**output.soft(query)) for output in outputs)
-    return expected_reward(before, after, query.target_grid).mean()
+    return run.team.mean(expected_reward(before, after, query.target_grid))
 
 
 def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]]:
     """The optimizer step for the batches that were added up; returns their rows, complete. `batches` an epoch."""
     state, fixes = run.state, run.fixes
     # Of its batches, or of its time budget, if that is further.
-    over = max(state.step / max(1, run.args.epochs * batches), run.budget.share(state.step))
+    over = max(state.step / max(1, run.args.epochs * batches), run.team.first(run.budget.share(state.step)))
     rates = run.optimizer.set_rates(learning_rate_factor(state.updates + state.skipped_steps, over))
+    run.team.sum_gradients(parameter for module in run.modules.values() for parameter in module.parameters())
     run.optimizer.unscale_(run.scaler)  # FIX 7: gradients in their own units again ...
     monitored = fixes.monitor.check_gradients(run.qwen, "Qwen")  # FIX 1: ... measured before clipping ...
     norms = fixes.guard.clip(run.optimizer)  # FIX 7: ... every group clipped
@@ -818,7 +773,7 @@ def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]
         run.average.update()
     shared = {"qwen_grad": found["qwen_grad"], "agent_grad": found["agent"], "policy_grad": found["policy"]}
     shared |= {"skipped_steps": state.skipped_steps, **{f"lr.{name}": rate for name, rate in rates.items()}}
-    return [{**row, **shared} for row in rows]
+    return [{**row, **shared} for row in run.team.sums(rows)]
 
 
 # == The training loop ===============================================================================================
@@ -848,7 +803,7 @@ def train(run: Run) -> None:
         log_validation(run.log, state.epoch, state.step, reports, LABELS, args.val_splits, run.memory_row())
         run.log(f"[Epoch {state.epoch}] Time: {time.monotonic() - started:.2f}s")
         # It may have been the last validation that there was time for.
-        spent = not in_time or (validated and run.budget.is_spent(state.step))
+        spent = not in_time or (validated and bool(run.team.first(run.budget.is_spent(state.step))))
         if in_time:
             run.fixes.threshold.update(state.sums.get("solved", 0.0) / max(1.0, state.sums.get("batches", 0.0)))
             state.next_epoch()
@@ -859,7 +814,7 @@ def train(run: Run) -> None:
 
 def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     """The rest of this epoch's `count` batches. Returns False if the time budget ended it early."""
-    args, state, log, budget = run.args, run.state, run.log, run.budget
+    args, state, log, budget, team = run.args, run.state, run.log, run.budget, run.team
     size_weight, threshold = run.fixes.curriculum.get_size_loss_weight(state.epoch), run.fixes.threshold.get_threshold()
     log(f"[Epoch {state.epoch}] Size Warmup Weight: {size_weight:.3f} (FIX #4)")
     log(f"[Epoch {state.epoch}] Memory Threshold: {threshold:.4f} (FIX #5)")
@@ -875,10 +830,13 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             began = began if steps else time.monotonic()
             preparing.update(unprepared.met(fetched.task.tolist()))
             window = window_size(args.grad_accum, state.batch, count)
-            shape = (args.policy_samples, len(fetched.task), run.policy.log_std.numel())
-            noise = normal_noise(shape, args.seed, state.epoch, state.batch + len(steps), 0xAC7).to(run.device)
-            step = train_step(run, fetched.to(run.device), noise, window)
-            steps.append(dataclasses.replace(step, counted={**step.counted, **fetched.cell_counts()}))
+            shape = (args.policy_samples, fetched.whole, run.policy.log_std.numel())
+            noise = normal_noise(shape, args.seed, state.epoch, state.batch + len(steps), 0xAC7)
+            noise = noise[:, list(share_of(range(fetched.whole), team.place))]
+            team.begin(fetched.whole)
+            step = train_step(run, fetched.to(run.device), noise.to(run.device), window)
+            cells = {name: team.count(number) for name, number in fetched.cell_counts().items()}
+            steps.append(dataclasses.replace(step, counted={**step.counted, **cells}))
             if len(steps) < window:
                 continue
             rows = update(run, steps, count)  # a batch counts when its optimizer step is done
@@ -895,8 +853,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             if state.step // args.save_every > last_saved // args.save_every:
                 save_checkpoint(run)
                 last_saved = state.step
-            run.stop.check()
-            if budget.is_spent(state.step):
+            run.stop.check(team.most)
+            if team.first(budget.is_spent(state.step)):
                 in_time = False
                 break
     state.trained = in_time
@@ -909,7 +867,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
 def training_data(run: Run) -> EpisodeData:
     """What the loader builds training batches with."""
-    return EpisodeData.of(run.args, run.training, run.extra, run.store, run.qwen.encoder)
+    return EpisodeData.of(run.args, run.training, run.extra, run.store, run.qwen.encoder, run.team.place)
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
@@ -925,15 +883,20 @@ def predict_splits(
     run: Run, splits: Sequence[Split], deadline: float, *, show: bool = True
 ) -> dict[str, list[PairPrediction]]:
     """Predict the splits under the averaged weights by `deadline` (inf: every view of every pair), each in its share of
-    the time; write the attempts as JSON into the run's folder, and, if they are to `show`, what the report draws."""
-    assert run.log.folder is not None
+    the time; write the attempts as JSON into the run's folder, and, if they are to `show`, what the report draws. Of
+    several processes each predicts a part, and the first has (and scores) them all; the others return nothing."""
+    here = run.team.place
     predicted: dict[str, list[PairPrediction]] = {}
     modules = list(run.modules.values())
     with evaluating(modules), run.average.applied() if run.average else contextlib.nullcontext():
         run.records.check_weights(modules)
         for number, split in enumerate(splits):
             until = part_of(deadline, split.pairs, sum(each.pairs for each in splits[number:]))
-            pairs = predicted[split.name] = predictor(run).split(split, until)
+            pairs = gathered(split, predictor(run).split(split.share(here.rank, here.size), until), run.team)
+            if not run.team.is_first:
+                continue
+            predicted[split.name] = pairs
+            assert run.log.folder is not None
             if math.isfinite(deadline):
                 run.log(f"{split.name} split: {views_reached(pairs)} of {run.args.val_views} in the time that was left")
             keep_attempts(run.log.folder, split, pairs, run.log)
@@ -999,7 +962,10 @@ def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
 
 
 def save_checkpoint(run: Run, *, wait: bool = False) -> None:
-    """Save now. metrics decide the best models: accuracy delta and validation accuracy of the last validation."""
+    """Save now, by the first process. metrics decide the best models: accuracy delta and validation accuracy of the
+    last validation."""
+    if not run.team.is_first:
+        return
     assert run.persistence is not None
     metrics = {"accuracy_delta": run.state.accuracy_delta, "val_accuracy": run.state.val_accuracy}
     run.persistence.save(
@@ -1069,6 +1035,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_main(argv)
     except SystemExit as leave:  # argparse's way to end; what there is to say is printed
         return int(leave.code or 0)
+    except PeerLost as problem:  # nothing is saved between two optimizer steps: the last checkpoint counts
+        if os.environ["RANK"] == "0" or problem.own:
+            print(f"error: {problem}; what was saved before counts", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before training begins, or a second one while the first is being obeyed
         print("Interrupted: left at once, what was saved before counts", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -1077,60 +1047,85 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_main(argv: Sequence[str] | None) -> int:
     """`main`, but --help and wrong flags raise SystemExit, and an interruption that cannot wait KeyboardInterrupt."""
     started = time.monotonic()
-    args, given = parse_arguments(argv)
-    log = RunLog(quiet=args.quiet)
+    with one_voice():
+        args, given = parse_arguments(argv)
+    log, team = RunLog(quiet=args.quiet), Team()
     try:
         if args.print_config:
             return print_config(args, given)
-        run, checkpoint = prepare(args, given, log, started)
-    except (UserError, PersistenceError) as problem:
+        team = join(resolve_device(args.device))
+        log = log if team.is_first else RunLog(mute=True)
+        run, checkpoint = prepare(args, given, log, started, team)
+    except PROBLEMS as problem:
         # For what the user can mend, with one line that says what and where. Anything else shows its traceback.
         log(f"error: {problem}", error=True)
+        team.leave(orderly=True)
         return 2
-    assert run.persistence is not None
-    children = multiprocessing.active_children()
+    children, orderly = multiprocessing.active_children(), False
     try:
-        with run.persistence, contextlib.closing(log):
+        with run.persistence or contextlib.nullcontext(), contextlib.closing(log):
             code = run_command(run, checkpoint)
+        orderly = True
     except PersistenceError as problem:  # the last background write failed
         log(f"error: {problem}", error=True)
         return 1
     finally:
         end_workers(children)
+        team.leave(orderly=orderly)
     code = log.exit_code(code)
-    if code in (0, 1, 3) and (args.report or not args.eval_only):  # not when interrupted
+    if team.is_first and code in (0, 1, 3) and (args.report or not args.eval_only):  # not when interrupted
         try_report(Path(args.output_dir or "."), log)
     return code
 
 
-def prepare(args: Flags, given: set[str], log: RunLog, started: float) -> tuple[Run, Checkpoint | None]:
-    """The run with its checkpoints open, and the checkpoint that it continues."""
-    folder, which = open_run_folder(args, find_newest_run, newest_checkpoint)
-    persistence, checkpoint = None, None
+def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Team) -> tuple[Run, Checkpoint | None]:
+    """The run with its checkpoints open (for writing in the first process), and the checkpoint that it continues."""
+    # As the first process has it. Where torchrun starts a job again, it goes on in the folder where that was.
+    where = functools.partial(open_run_folder, args, find_newest_run, newest_checkpoint, again=team.remembered())
+    chosen = team.together(lambda: where() if team.is_first else None, PROBLEMS)
+    name, which = team.everyones(chosen and (str(chosen[0]), chosen[1]))[0]
+    folder = Path(name)
     with contextlib.ExitStack() as held:  # in a notebook the process lives on: it must not keep the run's lock
-        if which is not None:
-            persistence = open_persistence(args, folder, log)
+
+        def load(which: str) -> tuple[ModelPersistence, Checkpoint]:
+            persistence = open_persistence(args, folder, log, read_only=not team.is_first)
             held.callback(persistence.close)
             checkpoint = load_checkpoint(persistence, which)
             with usable(checkpoint.path.name):
                 take_flags(args, given, checkpoint)
-            if problems := problems_of_all(args):
+            return persistence, checkpoint
+
+        # The first may pass over a damaged one, or fetch one from the backup: the others take what it has found.
+        opened = team.together(lambda: load(which) if which and team.is_first else None, PROBLEMS)
+        found = team.everyones(str(opened[1].path.absolute()) if opened else None)[0]
+
+        def build() -> tuple[Run, Checkpoint | None]:
+            persistence, checkpoint = opened or (load(found) if found else (None, None))
+            if checkpoint is not None and (problems := problems_of_all(args)):
                 raise UserError("; ".join(problems))
-        args.output_dir = str(folder)
-        with quiet_downloads() if args.quiet else contextlib.nullcontext():
-            run = build_run(args, log, started, checkpoint)
-        if checkpoint is not None:
-            with usable(checkpoint.path.name):
-                restore(run, checkpoint)
-            if checkpoint.path.parent.resolve() != folder.resolve() and not args.eval_only:
-                run.origin, run.log.rows = str(checkpoint.path), 0
-        run.persistence = persistence or open_persistence(args, folder, log)
+            args.output_dir = str(folder)
+            with quiet_downloads() if args.quiet else contextlib.nullcontext():
+                run = build_run(args, log, started, checkpoint, team)
+            if checkpoint is not None:
+                with usable(checkpoint.path.name):
+                    restore(run, checkpoint)
+                if checkpoint.path.parent.resolve() != folder.resolve() and not args.eval_only:
+                    run.origin, run.log.rows = str(checkpoint.path), 0
+            if team.is_first:
+                run.persistence = persistence or open_persistence(args, folder, log)
+            return run, checkpoint
+
+        run, checkpoint = team.together(build, PROBLEMS)
         held.pop_all()
+    team.same_weights(run.modules.values())
+    team.remember(str(folder.absolute()))
     return run, checkpoint
 
 
-def open_persistence(args: Flags, folder: Path, log: RunLog) -> ModelPersistence:
+def open_persistence(args: Flags, folder: Path, log: RunLog, *, read_only: bool = False) -> ModelPersistence:
     """The run's checkpoints; UserError if its folder cannot be made."""
+    if read_only:
+        return ModelPersistence(folder, read_only=True, log=log)
     try:
         return ModelPersistence(
             folder, keep=args.keep, backup_dir=args.backup_dir, backup_quota_gb=args.backup_quota_gb, log=log
@@ -1144,8 +1139,9 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     # An evaluation may be of any checkpoint: its step would stand out of order among the events of the training.
     evaluating = run.args.eval_only
     events = None if run.args.no_tensorboard or evaluating else open_events
-    run.log.open(Path(run.args.output_dir or "."), rows=None if evaluating else run.log.rows, open_events=events)
-    describe(run)
+    if run.team.is_first:
+        run.log.open(Path(run.args.output_dir or "."), rows=None if evaluating else run.log.rows, open_events=events)
+        describe(run)
     if checkpoint is not None:
         run.log("\n".join(resumed_lines(run, checkpoint.path.name, checkpoint.state["extra"]["flags"].get("epochs"))))
     try:
@@ -1156,6 +1152,8 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
     except RedFlag:
         code = 3
     except (PersistenceError, WorkerLost) as problem:
+        if isinstance(problem, WorkerLost) and not run.team.alone:
+            raise PeerLost(f"process {run.team.place.rank}: {problem}", own=True) from problem
         run.log(f"error: {problem}", error=True)
         if isinstance(problem, PersistenceError):  # nothing can be saved
             return 1
@@ -1174,10 +1172,12 @@ def train_and_submit(run: Run) -> int:
     """Train to the end; with --submission predict every task of the data. Returns the exit code."""
     # config.json, for people and for --config; a resume reads the checkpoint's own copy.
     flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
-    replace_file(Path(run.args.output_dir or ".") / "config.json", json.dumps(flags, indent=2, allow_nan=False) + "\n")
+    content = json.dumps(flags, indent=2, allow_nan=False) + "\n"
+    if run.team.is_first:
+        replace_file(Path(run.args.output_dir or ".") / "config.json", content)
     train(run)
-    assert run.persistence is not None
-    run.persistence.wait()  # what it saved last is on disk before the run is called done
+    if run.persistence is not None:
+        run.persistence.wait()  # what it saved last is on disk before the run is called done
     run.log(f"Done: {run.state.step} batches, {run.state.queries} queries in {run.budget.elapsed():.1f}s")
     if not run.args.submission:
         return 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
+from arc.parallel import place
 from arc.run.files import UserError
 
 
@@ -28,16 +28,19 @@ class Precision:
 
 
 def resolve_device(choice: str) -> torch.device:
-    """The device for --device auto|cpu|cuda|mps. UserError, one line, if this machine does not have it, or if torchrun
-    has started several processes: each would train the same by itself."""
-    if "LOCAL_RANK" in os.environ and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(
-            f"torchrun started {processes} processes, and this program trains on one device: start it as one"
-        )
+    """The device for --device auto|cpu|cuda|mps; of several processes on a machine each takes the GPU of its number.
+    UserError, one line, if this machine does not have it."""
+    here = place()
     cuda = torch.cuda.is_available()
     mps = torch.backends.mps.is_available()
     if choice == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        choice = "cuda" if cuda else "mps" if mps and here.size == 1 else "cpu"
+    if choice == "cuda" and cuda and here.size > 1:
+        if (cards := torch.cuda.device_count()) < here.local_size:
+            raise UserError(f"--device cuda: {here.local_size} processes on this machine, which has {cards} GPUs")
+        return torch.device("cuda", here.local_rank)
+    if choice == "mps" and here.size > 1:
+        raise UserError("--device mps: an Apple GPU is for one process; start it without torchrun")
     if choice == "cuda" and not cuda:
         built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no usable GPU"
         raise UserError(f"--device cuda: {built}; use --device cpu, or --device auto to take what is there")
@@ -88,8 +91,11 @@ def matrix_dtype(device: torch.device) -> torch.dtype:
 
 def describe_device(device: torch.device, precision: Precision) -> str:
     """One line of a run's opening."""
+    here = place()
+    processes = f", on each of {here.size} processes" if here.size > 1 else ""
     return (
-        f"Device: {device_name(device)} | AMP: {precision.name} ({precision.reason}), {torch.get_num_threads()} threads"
+        f"Device: {device_name(device)} | AMP: {precision.name} ({precision.reason}), {torch.get_num_threads()} "
+        f"threads{processes}"
     )
 
 

@@ -7,7 +7,7 @@ information gain has no counterpart in a trainer that sees the outcome, and is l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,17 +110,25 @@ class Pass:
     weights: Weights
 
 
-def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput) -> dict[str, Tensor]:
+Portion = Callable[[Tensor], Tensor | float]
+
+
+def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput, portion: Portion) -> dict[str, Tensor]:
     """All terms but that of the prompts, averaged over the passes (before, after): the agent is trained on both,
     otherwise "before" would be an untrained straw man and the reward would prove nothing. back: the agent's output for
-    the queries `asked` the way back."""
-    found = {
-        "risk": [risk(p.output.colour_logits, p.query.target, p.weights.cell, p.weights.grid) for p in passes],
-        "ambiguity": [ambiguity(p.output.colour_logits[-1], p.query.target) for p in passes],
-        "size": [size_loss(p.output.size_logits, p.query.target_size) for p in passes],
-    }
+    the queries `asked` the way back. portion: what means over the grids, cells or queries here contribute to those over
+    the whole batch (`arc.parallel.Team`)."""
+    found: dict[str, list[Tensor]] = {"risk": [], "ambiguity": [], "size": []}
+    for p in passes:
+        logits, target, queries = p.output.colour_logits, p.query.target, p.weights.grid.new_tensor(len(p.query))
+        of_cells = portion((target >= 0).sum())
+        found["risk"].append(risk(logits, target, p.weights.cell, p.weights.grid) * portion(p.weights.grid.sum()))
+        found["ambiguity"].append(ambiguity(logits[-1], target) * of_cells)
+        found["size"].append(size_loss(p.output.size_logits, p.query.target_size) * portion(queries))
     means = {name: torch.stack(values).mean() for name, values in found.items()}
-    return {**means, "reversibility": risk(back.colour_logits, asked.target, (asked.target >= 0).float())}
+    wanted = (asked.target >= 0).float()
+    reverse = risk(back.colour_logits, asked.target, wanted) * portion(wanted.new_tensor(len(asked)))
+    return {**means, "reversibility": reverse}
 
 
 def combine(terms: Mapping[str, Tensor], weights: EfeWeights, size_weight: float) -> dict[str, Tensor]:

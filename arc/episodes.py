@@ -28,6 +28,7 @@ from arc.batches import (
 from arc.drawn import DrawnTasks, ManyPairs, Source
 from arc.evidence import EvidenceStore, NoEvidence, QueryEvidence, feedback_indices
 from arc.generate import GENERATED
+from arc.parallel import ALONE, Place, share_of
 from arc.tasks import Grid, Task
 
 
@@ -180,6 +181,7 @@ class TrainBatch(TensorBundle):
     first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
     keep: Tensor  # (G,) bool: the episode has its task's latent
     refined: Tensor  # (n,) int64 indices of the queries that are answered under the refined prompt too
+    whole: int  # episodes of the batch that all processes make together; G for one alone
 
     def cell_counts(self) -> dict[str, int]:
         """Real and processed cells of the agent's passes."""
@@ -193,6 +195,7 @@ class EpisodeData(torch.utils.data.Dataset):
     encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py). refined_views: how many queries of
     an episode are answered under the refined prompt too; the others would teach the agent nearly the same a second
     time. source: where episodes whose pairs are drawn come from, with the evidence of `passing`.
+    place: of the process, which makes its share of each batch.
     """
 
     def __init__(
@@ -208,14 +211,23 @@ class EpisodeData(torch.utils.data.Dataset):
         refined_views: int,
         source: Source | None = None,
         passing: EvidenceStore | None = None,
+        place: Place = ALONE,
     ) -> None:
         self.tasks, self.store, self.encode = tasks, store, encode
         self.source, self.passing = source, passing or store
         self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
-        self.refined_views = refined_views
+        self.refined_views, self.place = refined_views, place
 
     @classmethod
-    def of(cls, args: Plan, tasks: Sequence[Task], extra: tuple[Task, ...], store: EvidenceStore, encode: Any) -> Self:
+    def of(
+        cls,
+        args: Plan,
+        tasks: Sequence[Task],
+        extra: tuple[Task, ...],
+        store: EvidenceStore,
+        encode: Any,
+        place: Place = ALONE,
+    ) -> Self:
         """As the flags have it. extra: see `source_of`."""
         return cls(
             tasks,
@@ -230,10 +242,12 @@ class EpisodeData(torch.utils.data.Dataset):
             # Beside ARC they are there to be learned from through the prompt alone; evidence of tasks that come once
             # would cost more than all the rest.
             passing=store if args.data == GENERATED else NoEvidence(),
+            place=place,
         )
 
     def __getitem__(self, key: tuple[int, tuple[Episode | Drawn, ...]]) -> TrainBatch:
-        epoch, episodes = key
+        epoch, batch = key
+        episodes = share_of(batch, self.place)
         numbers: list[int] = []
         texts: list[Sequence[int]] = []
         queries: list[Query] = []
@@ -261,6 +275,7 @@ class EpisodeData(torch.utils.data.Dataset):
             first_view=torch.tensor(first_view),
             keep=torch.tensor([keeps_latent(self.seed, epoch, episode.index) for episode in episodes]),
             refined=torch.tensor(refined),
+            whole=len(batch),
         )
 
     def held_out(self, epoch: int, episode: Episode, owner: int) -> Parts:

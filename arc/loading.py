@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from arc.episodes import Drawn, Episode
 from arc.evidence import EvidenceStore
+from arc.parallel import place
 from arc.tasks import Task
 
 PATIENCE = 600.0  # seconds for one batch: evidence of a batch's tasks takes some; nothing here waits for ever
@@ -40,12 +41,17 @@ class EpochSampler(torch.utils.data.Sampler):
 
 def worker_count(asked: int) -> int:
     """--workers, by default (-1) one less than there are cores, between 1 and 4."""
-    return asked if asked >= 0 else min(4, max(1, (os.cpu_count() or 1) - 1))
+    return asked if asked >= 0 else min(4, max(1, cores() - 1))
 
 
 def waiting_workers(asked: int) -> int:
     """The same for work that this process only waits for: by default its own core is free for one more."""
-    return asked if asked >= 0 else min(8, os.cpu_count() or 1)
+    return asked if asked >= 0 else min(8, cores())
+
+
+def cores() -> int:
+    """Processor cores for this process: those of the machine, divided among the processes of its job there."""
+    return max(1, (os.cpu_count() or 1) // place().local_size)
 
 
 def make_loader(data: torch.utils.data.Dataset, sampler: Any, *, workers: int, pin_memory: bool) -> DataLoader:

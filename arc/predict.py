@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -26,6 +27,7 @@ from arc.evaluate import (
 )
 from arc.evidence import EvidenceStore
 from arc.loading import batches_of, make_loader, waiting_workers, worker_count
+from arc.parallel import Team
 from arc.qwen import ContextEncoder
 from arc.refine import Act, cross_fitted, held_out_loss
 from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
@@ -95,6 +97,29 @@ def all_attempts(pairs: Iterable[PairPrediction]) -> dict[str, list[Attempts]]:
     for pair in pairs:
         attempts.setdefault(pair.task.id, []).append(pair.attempts())
     return attempts
+
+
+def gathered(split: Split, own: Sequence[PairPrediction], team: Team) -> list[PairPrediction]:
+    """The predictions of a split's pairs by all processes, each of which has made those of its `Split.share`; in the
+    split's order."""
+    if team.alone:
+        return list(own)
+    place = {id(task): number for number, task in enumerate(split.tasks)}
+    said = [{**vars(pair), "task": place[id(pair.task)]} for pair in own]
+    found = [pair for part in team.everyones(said) for pair in part]
+    found.sort(key=lambda pair: (pair["task"], pair["test_index"]))
+    return [told_pair(split.tasks[pair["task"]], pair) for pair in found]
+
+
+def told_pair(task: Task, said: Mapping[str, Any]) -> PairPrediction:
+    """A prediction as another process tells it."""
+
+    def grids(lists: Sequence[Any]) -> list[Grid]:
+        return [np.array(grid, np.uint8) for grid in lists]
+
+    free, dissent = grids([said["training_free"]])[0], said["dissent"]
+    given = {"task": task, "training_free": free, "dissent": None if dissent is None else grids([dissent])[0]}
+    return PairPrediction(**{**said, **given, "before": grids(said["before"]), "after": grids(said["after"])})
 
 
 def evidence_answer(task: Task, number: int, store: EvidenceStore) -> PairPrediction:

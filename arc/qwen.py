@@ -352,10 +352,15 @@ def build_qwen(
 
 
 @torch.no_grad()
-def prompt_spread(prompt: Tensor, context_ids: Tensor) -> Tensor:
+def context_codes(context_ids: Tensor) -> Tensor:
+    """(G,) int64: a number for each of the texts (G, S), the same for the same text whatever its padding with 0."""
+    return (context_ids * torch.arange(1, context_ids.shape[1] + 1, device=context_ids.device)).sum(1)
+
+
+def prompt_spread(prompt: Tensor, contexts: Tensor) -> Tensor:
     """(): standard deviation of prompt (G, K, D) across tasks relative to the root mean square; near 0: all tasks get
-    the same prompt. 1.0 where all contexts (G, S) are the same, as those of tasks with a single demonstration are."""
+    the same prompt. 1.0 where all contexts (G,) are the same, as those of tasks with a single demonstration are."""
     flat = prompt.float().flatten(1)
-    if len(context_ids.unique(dim=0)) < 2:
+    if bool((contexts == contexts[0]).all()):
         return flat.new_ones(())
     return flat.std(0).square().mean().sqrt() / (flat.square().mean().sqrt() + 1e-12)

@@ -60,6 +60,10 @@ class Split:
         """The split with its first `limit` tasks only; 0: all."""
         return Split(self.name, self.tasks[: limit or None], self.numbers[: limit or None])
 
+    def share(self, rank: int, size: int) -> Split:
+        """Every `size`-th task from `rank` on: what one of several processes predicts."""
+        return Split(self.name, self.tasks[rank::size], self.numbers[rank::size])
+
 
 def split_list(text: str) -> tuple[str, ...]:
     """'seed,unseen' -> ('seed', 'unseen')."""

@@ -64,13 +64,13 @@ def test_a_resumed_run_has_the_same_ones(small_run: SmallRun, tmp_path: Path) ->
     assert small_run(tmp_path / "other", "--resume", str(middle), "--old").code == 2
 
 
-def test_a_recipe_is_flags_that_others_override(small_run: SmallRun, tmp_path: Path) -> None:
+def test_a_recipe_is_flags_that_others_override(small_run: SmallRun, data_dir: Path, tmp_path: Path) -> None:
     args, given = parse_arguments(["--recipe", "gpu", "--agent_width", "256"])
     assert (args.adapt, args.task_latent, args.agent_width, args.agent_blocks) == (True, True, 256, 8)
     assert args.val_splits == ("seed", "adapted") and "agent_blocks" not in given
     assert parse_arguments([])[0].agent_blocks == 2
     small = ("--recipe", "gpu", "--agent_width", "32", "--agent_blocks", "1", "--epochs", "1", "--max_batches", "2")
-    done = small_run(tmp_path / "run", *small, "--val_views", "1")
+    done = small_run(tmp_path / "run", *small, "--val_views", "1", "--unseen", str(data_dir))
     assert done.code == 0 and "adapted split" in done.stdout
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from helpers import FAST, ROOT
+from torch.distributed.run import get_args_parser
 
 import arc.report
 import model_persistence
 from trainloop_complete_with_fixes import build_parser, main, parse_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SBATCH = (ROOT / "slurm.sbatch").read_text(encoding="utf-8")
 SCRIPT = "trainloop_complete_with_fixes.py"
 
 
@@ -42,9 +44,35 @@ def workplace(small_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    kinds = ("make ", "pip install ", f"python {SCRIPT} ", "python model_persistence.py ", "python -m arc.report ")
+    kinds = (
+        "make ",
+        "pip install ",
+        "torchrun ",
+        f"python {SCRIPT} ",
+        "python model_persistence.py ",
+        "python -m arc.report ",
+    )
     assert len(commands()) > 15
     assert [line for line in commands() if not line.startswith((*kinds, "python benchmarks/"))] == []
+
+
+TORCHRUN = [
+    *(line for line in commands() if line.startswith("torchrun ")),
+    " ".join(re.findall(r"^srun (torchrun .*?\$RESUME)$", SBATCH, re.DOTALL | re.MULTILINE)).replace("\\\n", ""),
+]
+
+
+@pytest.mark.parametrize("line", TORCHRUN)
+def test_torchrun_and_the_program_know_their_flags(line: str) -> None:
+    """What becomes of them is in tests/test_parallel.py."""
+    plain = line.replace("$RESUME", "--resume").replace("$SLURM_NNODES", "2").replace("--device cuda", "--device cpu")
+    launch = get_args_parser().parse_args(shlex.split(plain)[1:])
+    assert launch.training_script == SCRIPT and int(launch.nproc_per_node) > 1
+    assert parse_arguments(launch.training_script_args)[0].epochs == 20
+
+
+def test_the_sbatch_file_is_a_shell_script() -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / "slurm.sbatch")], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("flags", starting(f"python {SCRIPT}"), ids=" ".join)
@@ -120,6 +148,7 @@ def test_every_flag_in_the_text_exists() -> None:
     sources = [*ROOT.glob("*.py"), *ROOT.glob("arc/**/*.py"), *ROOT.glob("benchmarks/*.py")]
     known = set(re.findall(r"--[a-z_]+", "".join(path.read_text(encoding="utf-8") for path in sources)))
     known |= {option for action in build_parser().actions.values() for option in action.option_strings}
+    known |= set(get_args_parser().format_help().replace(",", " ").split())
     assert set(re.findall(r"(?<![\w-])--[a-z_]+\b", README)) <= known
     for target in re.findall(r"\]\(([^)\s]+)\)", README):
         if not target.startswith("https://"):

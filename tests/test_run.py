@@ -31,6 +31,7 @@ from helpers import (
     timeless,
 )
 
+from arc.qwen import context_codes
 from arc.run.records import TrainState
 from trainloop_complete_with_fixes import prompt_spread
 
@@ -414,9 +415,9 @@ def test_a_checkpoint_that_cannot_be_written(flags: tuple[str, ...], small_run: 
 
 
 def test_the_same_prompt_for_the_same_context_is_no_collapse() -> None:
-    prompt, contexts = torch.ones(3, 2, 4), torch.tensor([[1, 2], [1, 3], [1, 2]])
+    prompt, contexts = torch.ones(3, 2, 4), context_codes(torch.tensor([[1, 2, 0], [1, 3, 0], [1, 2, 0]]))
     assert prompt_spread(prompt, contexts) == 0  # different tasks, one prompt
-    assert prompt_spread(prompt, contexts[:1].expand(3, 2)) == 1  # tasks without any context, say
+    assert prompt_spread(prompt, contexts[:1].expand(3)) == 1  # tasks without any context, say
     assert prompt_spread(torch.randn(3, 2, 4), contexts) > 0.1
 
 

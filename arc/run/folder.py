@@ -42,16 +42,33 @@ def usable(checkpoint: str) -> Iterator[None]:
 
 
 def open_run_folder(
-    args: Place, find_newest_run: Callable[[str], Path | None], newest_checkpoint: Callable[[Path], Path]
+    args: Place,
+    find_newest_run: Callable[[str], Path | None],
+    newest_checkpoint: Callable[[Path], Path],
+    *,
+    again: str | None = None,
+) -> tuple[Path, str | None]:
+    """`find_run_folder`, but again: the folder of a run that was started with the same command line before and was
+    lost; it goes on from its latest checkpoint, or begins once more."""
+    if again is not None and any(Path(again).glob("step-*")):
+        return Path(again), "latest"
+    return find_run_folder(args, find_newest_run, newest_checkpoint, again)
+
+
+def find_run_folder(
+    args: Place,
+    find_newest_run: Callable[[str], Path | None],
+    newest_checkpoint: Callable[[Path], Path],
+    again: str | None,
 ) -> tuple[Path, str | None]:
     """The run's folder and, on resume, which checkpoint to continue from. UserError for what the user can mend.
 
     A checkpoint of another folder than --output_dir, or the newest of another run, is where a new run begins; nothing
     is written into the old folder, which may be read-only. find_newest_run: the newest run with a checkpoint below a
-    folder, if there is one; newest_checkpoint: of a run's folder.
+    folder, if there is one; newest_checkpoint: of a run's folder; again: where a new run without --output_dir begins.
     """
     if args.resume is None:
-        folder = Path(args.output_dir or f"runs/arc_complete_{time.strftime('%Y%m%d_%H%M%S')}")
+        folder = Path(args.output_dir or again or f"runs/arc_complete_{time.strftime('%Y%m%d_%H%M%S')}")
         refuse_a_used(folder)
         return folder, None
     which: str = args.resume

@@ -14,15 +14,17 @@ class Interrupted(Exception):
 
 class StopSignal:
     """The signal that asks this run to end, if one has arrived. The first is obeyed after the step that is being made;
-    a second one ends at once (KeyboardInterrupt)."""
+    a second one ends at once (KeyboardInterrupt), unless this is one process of several (`patient`): these save
+    together, and whoever started them ends them if that takes too long."""
 
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self.log, self.number = log, 0
+    def __init__(self, log: Callable[[str], None], *, patient: bool = False) -> None:
+        self.log, self.number, self.patient = log, 0, patient
 
-    def check(self) -> None:
-        """Raise `Interrupted` if a signal has arrived."""
-        if self.number:
-            raise Interrupted(self.number)
+    def check(self, agreed: Callable[[int], int] = int) -> None:
+        """Raise `Interrupted` if a signal has arrived. agreed: of this process's signal, 0 for none, makes the one that
+        holds for all."""
+        if number := agreed(self.number):
+            raise Interrupted(number)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -41,7 +43,7 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
-        if self.number:
+        if self.number and not self.patient:
             raise KeyboardInterrupt
         self.number = number
         self.log(f"{signal.Signals(number).name}: saving and leaving after this step (again to leave at once)")

@@ -36,11 +36,12 @@ class RunLog:
     and to the event log that `open` is handed.
 
     Lines logged before `open` are kept and written to train.log once the run's folder exists, so that nothing is
-    written anywhere while the arguments are still being checked.
+    written anywhere while the arguments are still being checked. `mute`: says and writes nothing, for all processes of
+    a job but the first.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, mute: bool = False) -> None:
+        self.quiet, self.mute = quiet or mute, mute
         self.events: Events | None = None
         self.folder: Path | None = None
         self.early: list[str] = []
@@ -86,10 +87,12 @@ class RunLog:
 
     def bar(self, iterable: Any = None, **options: Any) -> Any:
         """A tqdm bar on stderr (see `arc.run.terminal.progress_bar`); none under --quiet."""
-        return progress_bar(iterable, **{"disable": self.quiet, **options})
+        return progress_bar(iterable, **{**options, "disable": self.quiet or options.get("disable", False)})
 
     def __call__(self, line: str = "", *, error: bool = False) -> None:
         """Log one line (or several, separated by newlines)."""
+        if self.mute:
+            return
         lines = [line]
         if (error or not self.quiet) and not write_line(line, error=error):
             lines.append(f"{'stderr' if error else 'stdout'} cannot be written any more; going on with train.log alone")
@@ -101,6 +104,8 @@ class RunLog:
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl in a single write. Non-finite numbers become null (strict JSON)."""
+        if self.mute:
+            return
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
         self._append("metrics.jsonl", json.dumps(clean, allow_nan=False))
         self.rows += 1

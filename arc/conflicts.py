@@ -1,0 +1,101 @@
+"""Flags that do not go together, or not with this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from arc.device import resolve_device
+from arc.generate import GENERATED
+from arc.lora import problem_with_peft
+from arc.optim import problem_with_eight_bit
+from arc.qwen import Tune
+from arc.run.files import UserError, cannot_write, cannot_write_file
+from arc.splits import DEV_SPLITS
+
+
+class Settings(Protocol):
+    """The flags that are looked at."""
+
+    data: str
+    tasks: int
+    views: int
+    batch_size: int
+    agent_width: int
+    agent_heads: int
+    val_splits: tuple[str, ...]
+    val_limit: int
+    adapt: bool
+    dev: bool
+    task_latent: bool
+    no_policy: bool
+    refine_steps: int
+    device: str
+    qwen_tune: Tune
+    optim_qwen: str
+    ablate: tuple[int, ...]
+    eval_only: bool
+    resume: str | None
+    submission: str | None
+    output_dir: str | None
+    cache_dir: str
+    backup_dir: str | None
+
+
+def conflicts(args: Settings) -> list[str]:
+    """Problems between flags, or with this machine, that can be known before anything is built."""
+    splits, own, heads = set(args.val_splits), set(DEV_SPLITS), 4 * args.agent_heads
+    starting = not args.resume  # else the checkpoint's --adapt and --dev hold
+    found = [
+        (
+            args.agent_width % heads,
+            f"--agent_width {args.agent_width} is not a multiple of 4 * --agent_heads ({heads})",
+        ),
+        (
+            args.adapt and "unseen" in splits,
+            "--val_splits unseen: with --adapt nothing is unseen; adapted is the split that is trained on",
+        ),
+        (
+            args.adapt and args.dev,
+            "--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks",
+        ),
+        (args.task_latent and not args.tasks and args.data == GENERATED, "--task_latent: --tasks 0 has no task twice"),
+        (starting and "adapted" in splits and not args.adapt, "--val_splits adapted needs --adapt"),
+        (
+            starting and (splits - own if args.dev else splits & own),
+            "--val_splits dev_unseen,dev_seen, and no others, go with --dev",
+        ),
+        (
+            args.submission is not None and args.eval_only and args.val_limit,
+            "--submission needs every task; leave out --val_limit",
+        ),
+        (args.views > args.batch_size, f"--views {args.views} do not fit in --batch_size {args.batch_size}"),
+        (args.eval_only and starting, "--eval_only needs --resume (latest, best or a checkpoint's path)"),
+    ]
+    problems = [problem for wrong, problem in found if wrong]
+    try:
+        problems += problems_of_all(args)
+    except UserError as error:
+        problems.append(str(error))
+    if args.submission is not None and (problem := cannot_write_file(Path(args.submission))):
+        problems.append(f"--submission: {problem}")
+    for name in ("output_dir", "cache_dir", "backup_dir"):
+        folder = getattr(args, name)
+        if folder is not None and (problem := cannot_write(Path(folder))):
+            problems.append(f"--{name}: {problem}")
+    return problems
+
+
+def problems_of_all(args: Settings) -> list[str]:
+    """Problems that a checkpoint's flags may bring as well; one line each. UserError for a device that is not there."""
+    device, ablated = resolve_device(args.device), 1 in args.ablate
+    eight_bit = args.optim_qwen == "adamw8bit" and not args.eval_only and not ablated
+    found = [
+        problem_with_peft() if args.qwen_tune == "lora" and not ablated else None,
+        problem_with_eight_bit(device) if eight_bit else None,
+    ]
+    if args.no_policy and args.refine_steps > 1:
+        found.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
+    if args.dev and args.submission is not None:
+        found.append("--submission predicts test inputs, which --dev keeps away from")
+    return [problem for problem in found if problem]
