@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_FLAGS
 
-from benchmarks import fixes, learning, scratch, speed
+from benchmarks import fixes, learning, scaling_out, scratch, speed
 from benchmarks.runs import Job, Result, RunFailed, Split, difference, split_scores, table, verdict
 from trainloop_complete_with_fixes import parse_arguments
 
@@ -270,3 +270,16 @@ def test_speed(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["this checkout"]["median against this checkout"] == "1.00"
     assert float(rows["this checkout"]["seconds to the first batch"].split()[0]) > 0
     assert "bare loop" in out and "core-seconds a task" in out and "_local_scalar_dense" in out
+
+
+def test_scaling_out(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--processes", "2", "--repeats", "1", "--batches", "7", "--", *SMALL, *DRAWN, "--episodes", "40"]
+    assert scaling_out.main([*flags, "--cache_dir", str(cache_dir)]) == 0
+    speeds, sent, links = tables(capsys.readouterr().out)
+    assert speeds["1, 2 thread(s) each"]["against one"] == "1.00"
+    assert float(speeds["2, 1 thread(s) each"]["queries/s"].split()[0]) > 0
+    gradients, predicted = (
+        float(sent[name]["MiB"]) for name in ("gradients", "gradients, predicted from the model's size")
+    )
+    assert gradients == pytest.approx(predicted, rel=0.02)  # small parameters of their own kind count as the rest
+    assert len(links) == 3

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -230,8 +232,11 @@ def test_a_run_goes_on_on_another_number_of_processes(run: str, trained: Trained
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that torchrun has started, by rank."""
-    found = psutil.Process(process.pid).children()
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.Error, KeyError):  # it has just begun, or ended
+            found[int(child.environ()["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def wait_for(process: subprocess.Popen[str], line: str) -> None:
@@ -261,6 +266,34 @@ def test_torchrun_goes_on_after_a_process_was_killed(
     with contextlib.suppress(psutil.TimeoutExpired):
         psutil.wait_procs(started, timeout=10)
     assert not any(child.is_running() for child in started)
+
+
+@pytest.mark.soak
+def test_twenty_kills_at_random_moments(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Of a random process: each attempt goes on where the last checkpoint stands, and the end is that of no kill."""
+    random, run, kills = np.random.default_rng(0), tmp_path / "run", 20
+    command = (str(SCRIPT), *small_flags, *RUN, "--save_every", "1", "--epochs", "12", "--output_dir")
+    with torchrun(2, *command, str(tmp_path / "whole"), stdout=subprocess.DEVNULL) as process:
+        assert process.wait(timeout=PATIENCE) == 0
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        with torchrun(2, *command, str(run), restarts=kills, stdout=errors, stderr=errors) as process:
+            started: list[psutil.Process] = []
+            for _ in range(kills):
+                while len(workers := [each for each in workers_of(process) if each not in started]) < 2:
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                started += workers
+                time.sleep(random.uniform(0, 12))
+                workers[random.integers(2)].send_signal(signal.SIGKILL)
+            process.wait(timeout=PATIENCE)
+        errors.seek(0)
+        said = errors.read()
+    assert process.returncode == 0, said
+    resumed = [int(step) for step in re.findall(r"^Resumed from step-(\d+)", said, re.MULTILINE)]
+    assert resumed == sorted(resumed) and len(resumed) > 2, said
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert left == []
+    assert differences_of_runs(tmp_path / "whole", run) == []
 
 
 @pytest.mark.soak
