@@ -39,6 +39,7 @@ JOINING = datetime.timedelta(minutes=5)  # until all are there
 LEAVING = datetime.timedelta(minutes=2)  # of the others for the first, at the end
 JOINED = itertools.count()  # a notebook's process may belong to one team after the other
 SILENCE = 20.0  # seconds without a sign of life after which a process is taken to hang
+LEFT = 2**40  # signs that nobody ever gives
 BUCKET = 2**24  # numbers that are summed over the processes at a time: 64 MiB in fp32
 
 
@@ -284,8 +285,9 @@ class Team:
         if orderly:
             with contextlib.suppress(RuntimeError):  # too long, or it has gone
                 self.watch.wait_for_first()
-        self.watch.ended.set()
-        dist.destroy_process_group()
+        self.watch.end()
+        if orderly:  # else it may wait for one that has gone
+            dist.destroy_process_group()
 
 
 def join(device: torch.device) -> Team:
@@ -369,6 +371,12 @@ class Watch:
         else:
             self.store.wait([done], LEAVING)
 
+    def end(self) -> None:
+        """No more signs, and nobody misses them: the first may still be writing when another is done."""
+        self.ended.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.add(f"{self.prefix}{self.here.rank}", -LEFT)
+
     def _run(self) -> None:
         seen = {rank: (0, time.monotonic()) for rank in range(self.here.size) if rank != self.here.rank}
         while not self.ended.wait(1.0):
@@ -380,7 +388,7 @@ class Watch:
                 return
             now = time.monotonic()
             for rank, count in counts.items():
-                if count != seen[rank][0]:
+                if count < 0 or count != seen[rank][0]:  # it has left, or lives
                     seen[rank] = (count, now)
                 elif now - seen[rank][1] > SILENCE:
                     self._end(f"process {rank} has given no sign of life for {SILENCE:.0f} s")

@@ -308,6 +308,23 @@ def test_a_process_that_hangs_ends_the_job(small_flags: tuple[str, ...], tmp_pat
     assert out.count("process 1 has given no sign of life for 20 s") == 1 and f'{SCRIPT.name}", line' not in out
 
 
+@pytest.mark.soak
+def test_one_that_leaves_first_is_not_missed(tmp_path: Path) -> None:
+    """The first process may be writing for long after the others are done."""
+    code = """
+import time, torch
+from arc.parallel import SILENCE, join
+team = join(torch.device("cpu"))
+if team.is_first:
+    time.sleep(SILENCE + 8)
+team.leave(orderly=team.is_first)
+"""
+    (tmp_path / "late.py").write_text(code)
+    with torchrun(2, str(tmp_path / "late.py"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, out
+
+
 def test_a_mistake_is_said_once(small_flags: tuple[str, ...], tmp_path: Path) -> None:
     """By the first process; nothing is made."""
     command = (str(SCRIPT), *small_flags, "--data", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "run"))
