@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from arc import efe as free_energy
-from arc import recipes
+from arc import recipes, sharding
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
 from arc.batches import PredictionBatch, QueryBatch, context_pairs, reverse_queries
 from arc.conflicts import conflicts, problems_of_all
@@ -147,6 +147,7 @@ class Flags:
     device: str = flag(RUN, "auto", "where to compute", ("auto", "cpu", "cuda", "mps"), COMMAND)
     seed: int = flag(RUN, 0, "seed of everything random", whole(0, 2**31 - 1))
     threads: int = flag(RUN, 0, "CPU threads for torch; 0: torch's own choice", whole(0, 1024), FREE)
+    fsdp: bool = flag(RUN, False, "under torchrun: Qwen divided among the processes", resume=COMMAND)
     workers: int = flag(RUN, -1, "processes that prepare batches; -1: by machine", whole(-1, 64), COMMAND)
     eval_only: bool = flag(RUN, False, "do not train: validate a checkpoint (with --resume) again, or score it on "
                            "every task of another --data", resume=COMMAND)
@@ -326,7 +327,7 @@ class GradientMonitor:
         name: of the module, for people who print what this returns."""
         trainable = [p for p in module.parameters() if p.requires_grad]
         gradients = [p.grad for p in trainable if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = sharding.whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
         return {"norm": norm, "missing": float(len(trainable) - len(gradients))}
 
 
@@ -571,6 +572,7 @@ def build_run(
     predicted = [task for split in chosen.splits for task in split.tasks]
     seed_everything(args.seed)
     qwen = build_prompt_reader(args, device, [*chosen.training, *predicted], checkpoint, log)
+    qwen = qwen.sharded(device, precision.dtype) if args.fsdp else qwen.to(device)
     shape = {name: getattr(args, f"agent_{name}") for name in ("width", "heads", "blocks", "passes")}
     agent = GridAgent(NUM_TABLES, NUM_RULES, args.prompt_len, args.prompt_dim, **shape).to(device)
     policy = PromptPolicy(args.prompt_len, args.prompt_dim).to(device)
@@ -633,7 +635,7 @@ def build_prompt_reader(
         cache_dir=Path(args.cache_dir),
         seed=args.seed,
         log=log,
-    ).to(device)
+    )
     largest = max(tasks, key=lambda task: sum(pair.input.size for pair in task.train))
     qwen.encoder(context_pairs(largest))  # says here, not unseen in a worker, if contexts do not fit
     args.qwen = qwen.name  # not "auto": on another machine that may be another model
@@ -646,12 +648,7 @@ def build_prompt_reader(
 
 
 def build_optimizer(
-    args: Flags,
-    qwen: QwenPrompt,
-    agent: GridAgent,
-    policy: PromptPolicy,
-    memory: MemoryBank,
-    latent: TaskLatent | None,
+    args: Flags, qwen: QwenPrompt, agent: GridAgent, policy: PromptPolicy, memory: MemoryBank, latent: TaskLatent | None
 ) -> tuple[JointOptimizer, WeightAverage | None]:
     """Named groups with rates of their own, and the averaged weights (without a large Qwen that trains whole)."""
     groups: dict[str, nn.Module] = {"agent": agent, "policy": nn.ModuleDict({"policy": policy, "memory": memory})}
@@ -888,7 +885,8 @@ def predict_splits(
     here = run.team.place
     predicted: dict[str, list[PairPrediction]] = {}
     modules = list(run.modules.values())
-    with evaluating(modules), run.average.applied() if run.average else contextlib.nullcontext():
+    average = run.average.applied() if run.average else contextlib.nullcontext()
+    with evaluating(modules), average, sharding.whole_on_all(run.qwen):
         run.records.check_weights(modules)
         for number, split in enumerate(splits):
             until = part_of(deadline, split.pairs, sum(each.pairs for each in splits[number:]))
@@ -964,13 +962,15 @@ def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
 def save_checkpoint(run: Run, *, wait: bool = False) -> None:
     """Save now, by the first process. metrics decide the best models: accuracy delta and validation accuracy of the
     last validation."""
-    if not run.team.is_first:
-        return
-    assert run.persistence is not None
-    metrics = {"accuracy_delta": run.state.accuracy_delta, "val_accuracy": run.state.val_accuracy}
-    run.persistence.save(
-        checkpoint_tree(run), step=run.state.step, metrics=metrics, wait=wait, frozen=run.qwen.frozen_state()
-    )
+    persistence, tree, given = run.persistence, checkpoint_tree(run), run.args.fsdp
+    if given:  # all bring their parts; the copy before is on disk then, so that there is one at a time
+        if persistence is not None:
+            persistence.wait()
+        tree = sharding.on_host(tree, keep=persistence is not None)
+    if persistence is not None:
+        frozen = run.qwen.frozen_state()
+        metrics = {"accuracy_delta": run.state.accuracy_delta, "val_accuracy": run.state.val_accuracy}
+        persistence.save(tree, step=run.state.step, metrics=metrics, wait=wait, frozen=frozen, given=given)
 
 
 def load_checkpoint(persistence: ModelPersistence, which: str) -> Checkpoint:
@@ -996,7 +996,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         raise UserError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():
         try:
-            part.load_state_dict(tree["model"][name])
+            sharding.load_state(part, tree["model"][name])
         except (KeyError, RuntimeError) as error:  # other shapes: --eval_only with another --qwen
             raise UserError(f"--resume: the checkpoint's {name} does not fit the model that is built here") from error
     if checkpoint.frozen:
@@ -1018,7 +1018,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 def describe(run: Run) -> None:
     """What runs: model, device, precision and why, data, checkpoint size and whether the disk has room for it."""
-    tree, growth = checkpoint_tree(run), run.optimizer.bytes_to_come()
+    tree, growth = sharding.outline(checkpoint_tree(run)), run.optimizer.bytes_to_come()
     size = ModelPersistence.estimate_bytes(tree) + growth
     run.log("\n".join(opening_lines(run, size, events=run.log.events is not None)))
     assert run.persistence is not None

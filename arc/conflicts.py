@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from arc.device import resolve_device
+from arc.device import resolve_device, resolve_precision
 from arc.generate import GENERATED
 from arc.lora import problem_with_peft
 from arc.optim import problem_with_eight_bit
+from arc.parallel import place
 from arc.qwen import Tune
 from arc.run.files import UserError, cannot_write, cannot_write_file
 from arc.splits import DEV_SPLITS
@@ -31,6 +32,8 @@ class Settings(Protocol):
     no_policy: bool
     refine_steps: int
     device: str
+    amp: str
+    fsdp: bool
     qwen_tune: Tune
     optim_qwen: str
     ablate: tuple[int, ...]
@@ -94,6 +97,12 @@ def problems_of_all(args: Settings) -> list[str]:
         problem_with_peft() if args.qwen_tune == "lora" and not ablated else None,
         problem_with_eight_bit(device) if eight_bit else None,
     ]
+    if args.fsdp and place().size == 1:
+        found.append("--fsdp divides Qwen among several processes: start it with torchrun, or leave it out")
+    if args.fsdp and resolve_precision(args.amp, device).scale_loss:
+        found.append("--fsdp computes in bf16 or fp32: --amp bf16, or --amp off")
+    if args.fsdp and (args.qwen_tune != "full" or ablated or args.optim_qwen == "adamw8bit"):
+        found.append("--fsdp divides a Qwen that trains whole: --qwen_tune full --optim_qwen adamw, without --ablate 1")
     if args.no_policy and args.refine_steps > 1:
         found.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
     if args.dev and args.submission is not None:

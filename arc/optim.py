@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arc.device import matrix_dtype
 from arc.run.files import UserError
+from arc.sharding import divided_like, own_part, whole
 
 
 def learning_rate_factor(step: int, progress: float, *, warmup_steps: int = 50, decay_share: float = 0.7) -> float:
@@ -167,9 +168,10 @@ class JointOptimizer:
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:
         """Clip each named group to `max_norm` by its own global norm (0 or less: do not clip). Returns the norms
-        before, () each, still on the device: reading them is a wait, and the caller has more to read."""
+        before, () each, still on the device: reading them is a wait, and the caller has more to read. A group may be
+        sharded, all of it or nothing."""
         limit = max_norm if max_norm > 0 else math.inf
-        return {name: nn.utils.clip_grad_norm_(params, limit) for name, params in self.groups.items()}
+        return {name: whole(nn.utils.clip_grad_norm_(params, limit)) for name, params in self.groups.items()}
 
     def step(self, scaler: torch.amp.GradScaler, *, finite: bool) -> bool:
         """One update of all optimizers, or of none if the gradients are not finite. Returns whether it was made.
@@ -190,7 +192,20 @@ class JointOptimizer:
         if set(state) != set(self.optimizers):
             raise ValueError(f"checkpoint has optimizers {sorted(state)}, this run has {sorted(self.optimizers)}")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(dict(state[name]))
+            params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {
+                index: {
+                    key: divided_like(value, params[index]) if is_moment(value, params[index]) else value
+                    for key, value in own.items()
+                }
+                for index, own in state[name]["state"].items()
+            }
+            optimizer.load_state_dict({**state[name], "state": moments})
+
+
+def is_moment(value: Any, parameter: Tensor) -> bool:
+    """Whether a value of an optimizer's state is there for each number of the parameter."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 @contextlib.contextmanager
@@ -262,7 +277,8 @@ class WeightAverage:
         """Take the current weights in."""
         rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.live.values()], rate)
+        average, live = ([own_part(p.detach()) for p in each.values()] for each in (self.average, self.live))
+        torch._foreach_lerp_(average, live, rate)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -287,7 +303,7 @@ class WeightAverage:
             raise UserError("the checkpoint's averaged weights belong to another model")
         self.updates = int(state["updates"])
         for key, value in state["average"].items():
-            self.average[key].copy_(value)
+            self.average[key].copy_(divided_like(value, self.average[key]))
 
 
 def window_size(grad_accum: int, first: int, count: int) -> int:

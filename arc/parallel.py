@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from arc.run.files import UserError
 from arc.run.terminal import write_line
+from arc.sharding import is_sharded
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(minutes=30)  # of a process for the others: between them lies at most a validation
@@ -175,10 +176,11 @@ class Team:
         return own if self.takes_part else 0
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add the gradients of all processes up, in place; a parameter that has none anywhere keeps none."""
+        """Add the gradients of all processes up, in place; a parameter that has none anywhere keeps none. Those of
+        sharded parameters have been added up on the way back."""
         if self.alone:
             return
-        everything = [parameter for parameter in parameters if parameter.requires_grad]
+        everything = [p for p in parameters if p.requires_grad and not is_sharded(p)]
         has = torch.tensor([float(parameter.grad is not None) for parameter in everything])
         with lost_peers(), torch.no_grad():
             dist.all_reduce(has)
@@ -262,7 +264,8 @@ class Team:
         with lost_peers(), torch.no_grad():
             for module in modules:
                 for tensor in module.state_dict(keep_vars=True).values():
-                    dist.broadcast(tensor.detach(), 0)
+                    if not is_sharded(tensor):
+                        dist.broadcast(tensor.detach(), 0)
 
     # -- the beginning and the end -------------------------------------------------------------------------------------
 

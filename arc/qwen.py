@@ -42,6 +42,7 @@ from arc.qwen_source import (
     INPUTS,
     OUTPUTS,
     embedding_of,
+    layers_of,
     load_backbone,
     load_tokenizer,
     locate,
@@ -50,6 +51,7 @@ from arc.qwen_source import (
     weight_files,
 )
 from arc.run.files import UserError
+from arc.sharding import shard
 from arc.tasks import Grid
 
 if TYPE_CHECKING:
@@ -206,6 +208,11 @@ class QwenPrompt(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that train, by name. Each of them, token embeddings included, gets a gradient at every step."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def sharded(self, device: torch.device, dtype: torch.dtype | None) -> Self:
+        """This module divided among the processes, layer by layer (arc/sharding.py)."""
+        shard(self, layers_of(self.backbone), device, dtype)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Train or eval mode; a frozen backbone stays in eval mode."""

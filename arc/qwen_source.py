@@ -266,6 +266,13 @@ def load_backbone(source: Source) -> PreTrainedModel:
     return model
 
 
+def layers_of(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The layers that are computed one after the other, each of which can be read again for the way back."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [part for part in backbone.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
 def embedding_of(backbone: PreTrainedModel) -> nn.Embedding:
     """The token embeddings, (vocabulary, hidden)."""
     return cast(nn.Embedding, backbone.get_input_embeddings())

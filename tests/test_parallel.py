@@ -24,10 +24,13 @@ from helpers import FAST, PATIENCE, ROOT, SCRIPT, differences_of_runs, load, met
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from arc.device import resolve_device
 from arc.parallel import ALONE, Place, Team, part_of, place, share_of
 from arc.run.files import UserError
+from model_persistence import export_best
+from trainloop_complete_with_fixes import parse_arguments
 
 JOB = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
 JOB |= {"MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "2"}
@@ -109,7 +112,11 @@ STEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "rloo, three batches": ((*RLOO, "--grad_accum", "3"), 3),
     "fewer episodes than processes": (("--batch_size", "2"), 1),  # one episode
 }
-RUN = (*FAST, "--epochs", "2", "--save_every", "4", "--batch_size", "8", "--val_limit", "2", "--no_tensorboard")
+# AdamW: where Muon computes in bf16, rounding is larger than what is compared here.
+RUN = (*FAST, *"--optimizer adamw --epochs 2 --save_every 4 --batch_size 8 --val_limit 2 --no_tensorboard".split())
+# Twenty steps at the rates that people train at; later flags win.
+LONGER = "--agent_lr 3e-4 --qwen_lr 3e-4 --policy_lr 1e-3 --epochs 4 --max_batches 5".split()
+LIGHT = "--amp bf16 --gradient_checkpointing --epochs 1".split()
 
 
 def torchrun(processes: int, *command: str, restarts: int = 0, **options: Any) -> subprocess.Popen[str]:
@@ -160,12 +167,16 @@ def trained(small_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     ]
     stop = ("[Batch", 8)  # in the second epoch
     resume = ("--resume",)
-    jobs = [*steps, run("one/run"), run("one/stopped", trip=stop)]
+    jobs = [*steps, run("one/run"), run("one/steps", *LONGER), run("one/stopped", trip=stop)]
     assert do_jobs(1, jobs, one) == [[0] * (len(jobs) - 1) + [143]]
     jobs = [*steps, run("two/run"), run("two/stopped", trip=stop), run("two/stopped", *resume)]
     jobs += [run("one/stopped", *resume), run("two/early", trip=stop)]
+    jobs += [run("two/sharded", "--fsdp"), run("two/halves", "--fsdp", trip=stop), run("two/halves", "--fsdp", *resume)]
+    jobs += [run("two/light", *LIGHT), run("two/sharded_light", *LIGHT, "--fsdp")]
+    jobs += [run("two/steps", *LONGER), run("two/sharded_steps", *LONGER, "--fsdp")]
+    jobs += [run("two/gathered", "--fsdp", trip=stop)]
     codes = do_jobs(2, jobs, two)
-    assert do_jobs(1, [run("two/early", *resume)], one) == [[0]]
+    assert do_jobs(1, [run("two/early", *resume), run("two/gathered", *resume)], one) == [[0, 0]]
     return Trained(one, two, codes)
 
 
@@ -203,7 +214,7 @@ def assert_close_runs(a: Path, b: Path) -> None:
 
 def test_a_run_of_two_processes_is_that_of_one(trained: Trained) -> None:
     """The same metrics, and predictions of every test pair, each made by one of them."""
-    assert trained.codes[0] == trained.codes[1] == [0] * len(STEPS) + [0, 143, 0, 0, 143]
+    assert trained.codes[0] == trained.codes[1] == [0] * len(STEPS) + [0, 143, 0, 0, 143] + [0, 143, 0, 0, 0, 0, 0, 143]
     assert_close_runs(trained.one / "run", trained.two / "run")
     texts = [(folder / "run" / "predictions-seed.json").read_text() for folder in (trained.one, trained.two)]
     assert strict_json(texts[0]).keys() == strict_json(texts[1]).keys()
@@ -211,6 +222,68 @@ def test_a_run_of_two_processes_is_that_of_one(trained: Trained) -> None:
         [row["val.pairs"] for row in metrics(f / "run") if "val.pairs" in row] for f in (trained.one, trained.two)
     ]
     assert scores[0] == scores[1] and scores[0]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run) if "loss" in row]
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Of any weight of two runs, averaged ones and moments left aside."""
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one if one[name].is_floating_point())
+
+
+def test_twenty_steps_of_two_processes_are_those_of_one(trained: Trained) -> None:
+    assert len(losses(trained.one / "steps")) == 20
+    assert largest_difference(trained.one / "steps", trained.two / "steps") < 1e-5
+
+
+def test_a_qwen_that_is_divided_learns_the_same(trained: Trained) -> None:
+    """FSDP2: loss for loss over twenty steps, and its checkpoint is one like any other."""
+    whole, divided = trained.two / "steps", trained.two / "sharded_steps"
+    assert losses(divided) == pytest.approx(losses(whole), rel=1e-4)
+    assert largest_difference(whole, divided) < 1e-5
+    assert_close_runs(trained.two / "run", trained.two / "sharded")
+
+
+def test_a_divided_qwen_learns_in_mixed_precision(trained: Trained) -> None:
+    """Its layers gathered in bf16, and read again for the way back (--gradient_checkpointing)."""
+    whole, divided = (losses(trained.two / name) for name in ("light", "sharded_light"))
+    assert divided == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ((), "--fsdp divides Qwen among several processes: start it with torchrun"),
+        (("--qwen_tune", "lora"), "--fsdp divides a Qwen that trains whole: --qwen_tune full"),
+        (("--ablate", "1"), "--fsdp divides a Qwen that trains whole"),
+        (("--amp", "fp16"), "--fsdp computes in bf16 or fp32: --amp bf16, or --amp off"),
+    ],
+)
+def test_where_nothing_can_be_divided(flags: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--fsdp", *flags])
+    assert end.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_a_divided_qwen_is_exported_for_auto_model(trained: Trained, tmp_path: Path) -> None:
+    export_best(trained.two / "sharded_steps", tmp_path / "export")
+    model = AutoModel.from_pretrained(tmp_path / "export" / "qwen")
+    saved = load(trained.two / "sharded_steps", "best").state["model"]["qwen"]
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {n: t.shape for n, t in saved.items()}
+    assert all(torch.equal(model.state_dict()[name], saved[name]) for name in saved)
+
+
+def test_an_interrupted_divided_run_goes_on_bit_for_bit(trained: Trained) -> None:
+    assert differences_of_runs(trained.two / "sharded", trained.two / "halves") == []
+
+
+def test_a_divided_run_goes_on_in_one_process(trained: Trained) -> None:
+    """Its checkpoint knows nothing of processes: weights, moments and averages are whole."""
+    assert_close_runs(trained.one / "run", trained.two / "gathered")
 
 
 def test_an_interrupted_run_of_two_goes_on_as_if_nothing_had_been(trained: Trained) -> None:

@@ -117,6 +117,14 @@ def test_any_tree_comes_back_bit_for_bit(run: Path, background: bool) -> None:
         check()
 
 
+def test_what_is_given_away_is_written_as_it_is(run: Path) -> None:
+    weight = torch.randn(50, 20)
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save({"model": {"a": {"w": weight}}, "extra": {"epoch": 1}}, step=1, given=True)
+        persistence.wait()
+        assert torch.equal(persistence.load("latest").state["model"]["a"]["w"], weight)
+
+
 def test_a_background_save_is_the_same_as_a_foreground_one(tmp_path: Path) -> None:
     state = make_state(3)
     for background in (True, False):

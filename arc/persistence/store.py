@@ -106,6 +106,7 @@ class ModelPersistence:
         metrics: Mapping[str, float] | None = None,
         wait: bool = False,
         frozen: Mapping[str, torch.Tensor] | None = None,
+        given: bool = False,
     ) -> None:
         """Saves a checkpoint; returns when the state may change again.
 
@@ -117,19 +118,21 @@ class ModelPersistence:
             wait: return only when it is on disk.
             frozen: tensors that do not train, stored once a run, named "<entry of model>/<tensor>"; they are
                 recognised by memory and version counter, so change them through torch (not through `.data`).
+            given: the tensors of `state` are this save's alone, and nobody changes them: they are not copied.
 
         Raises: PersistenceError if this save can't be made, or if the one before failed in the background (then this
             one has not been made: call again). The checkpoints saved earlier are intact in every case.
         """
         self._check_writer()
-        self._check_writer()
         self._writer.join()
         self._writer.raise_failure()
-        snapshot = self._stager.take(state, step, metrics or {}, frozen, copy=self.background)
+        snapshot = self._stager.take(state, step, metrics or {}, frozen, copy=self.background and not given)
         if not self.background:
             self._commit(snapshot)
             return
-        if snapshot.staged is None:  # no room for a host copy: the live tensors must not change while they are written
+        if (
+            snapshot.staged is None and not given
+        ):  # no room for a host copy: the live tensors must not change while they are written
             wait = True
         self._writer.start(lambda: self._commit(snapshot))
         if wait:

@@ -6,6 +6,7 @@ Nothing here decides anything for the training but to stop under --strict.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +157,8 @@ class Records:
 
     def check_weights(self, modules: Sequence[torch.nn.Module]) -> None:
         """Before anything is predicted."""
-        weights = [value for module in modules for value in module.state_dict().values() if value.is_floating_point()]
+        every = (value for module in modules for value in itertools.chain(module.parameters(), module.buffers()))
+        weights = [value.detach() for value in every if value.is_floating_point()]
         if not bool(torch.stack([torch.isfinite(value).all().cpu() for value in weights]).all()):
             self.sound(
                 "weights",
