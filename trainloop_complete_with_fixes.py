@@ -1117,7 +1117,7 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Tea
 
         run, checkpoint = team.together(build, PROBLEMS)
         held.pop_all()
-    team.same_weights(run.modules.values())
+    team.same_weights(run.modules.values(), run.average.average.values() if run.average else ())
     team.remember(str(folder.absolute()))
     return run, checkpoint
 

@@ -87,12 +87,14 @@ def make_query(
 class TensorBundle:
     """A dataclass of tensors that moves as one (also what DataLoader's `pin_memory` looks for)."""
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def mapped(self, function: Callable[[Any], Any], kind: type = Tensor) -> Self:
+        """The same with every tensor (or what is of another `kind`) put through `function`."""
+
         def apply(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, kind):
                 return function(value)
             if isinstance(value, TensorBundle):
-                return value.mapped(function)
+                return value.mapped(function, kind)
             return [apply(part) for part in value] if isinstance(value, list) else value
 
         return type(self)(**{field.name: apply(getattr(self, field.name)) for field in dataclasses.fields(self)})

@@ -10,9 +10,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from arc.batches import TensorBundle
 from arc.episodes import Drawn, Episode
 from arc.evidence import EvidenceStore
 from arc.parallel import place
@@ -39,6 +42,32 @@ class EpochSampler(torch.utils.data.Sampler):
         return len(self.batches) - self.start
 
 
+class Packed:
+    """A batch on its way from a worker, as arrays: they go through the pipe. Tensors would go through /dev/shm, which
+    containers keep small, and where it is full a batch is lost without a word."""
+
+    def __init__(self, batch: TensorBundle) -> None:
+        self.batch = batch.mapped(Tensor.numpy)
+
+    def unpacked(self) -> TensorBundle:
+        return self.batch.mapped(torch.from_numpy, np.ndarray)
+
+    def pin_memory(self) -> TensorBundle:
+        """What DataLoader asks for, in a thread of its own."""
+        return self.unpacked().pin_memory()
+
+
+class Packing(torch.utils.data.Dataset):
+    """Data whose batches come from another process."""
+
+    def __init__(self, data: torch.utils.data.Dataset) -> None:
+        self.data = data
+
+    def __getitem__(self, key: Any) -> Any:
+        batch = self.data[key]
+        return Packed(batch) if isinstance(batch, TensorBundle) else batch
+
+
 def worker_count(asked: int) -> int:
     """--workers, by default (-1) one less than there are cores, between 1 and 4."""
     return asked if asked >= 0 else min(4, max(1, cores() - 1))
@@ -57,7 +86,7 @@ def cores() -> int:
 def make_loader(data: torch.utils.data.Dataset, sampler: Any, *, workers: int, pin_memory: bool) -> DataLoader:
     """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached."""
     return DataLoader(
-        data,
+        Packing(data) if workers else data,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
@@ -79,9 +108,22 @@ def start_worker(_: int) -> None:
 
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
-    """What the loader gives; WorkerLost, one line, where a worker was lost on the way."""
+    """What the loader gives; WorkerLost, one line, where a worker cannot be started or was lost on the way."""
+    if loader.num_workers:
+        try:
+            # What the workers' queues need, tried first: an iterator of torch's that failed half-made cannot be ended
+            # without a message of its own.
+            tried = [multiprocessing.Lock() for _ in range(4 * loader.num_workers + 8)]
+            del tried
+            batches = iter(loader)
+        except OSError as error:
+            reason = f"worker processes cannot be started: {error.strerror} (/dev/shm is full, or too many processes?)"
+            raise WorkerLost(f"{reason}; --workers 0 needs none") from error
+    else:
+        batches = iter(loader)
     try:
-        yield from loader
+        for batch in batches:
+            yield batch.unpacked() if isinstance(batch, Packed) else batch
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" not in text and "DataLoader timed out" not in text:

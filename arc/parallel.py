@@ -256,16 +256,16 @@ class Team:
             raise UserError(f"process {other}: {said[other]}")
         return result  # type: ignore[return-value]  # work has returned it
 
-    def same_weights(self, modules: Iterable[nn.Module]) -> None:
-        """The first process's weights and buffers for all: the same seed gives the same, but not on different
-        processors."""
+    def same_weights(self, modules: Iterable[nn.Module], averages: Iterable[Tensor] = ()) -> None:
+        """The first process's weights, buffers and averages of weights for all: the same seed gives the same, but not
+        on different processors."""
         if self.alone:
             return
+        weights = (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values())
         with lost_peers(), torch.no_grad():
-            for module in modules:
-                for tensor in module.state_dict(keep_vars=True).values():
-                    if not is_sharded(tensor):
-                        dist.broadcast(tensor.detach(), 0)
+            for tensor in (*weights, *averages):
+                if not is_sharded(tensor):
+                    dist.broadcast(tensor.detach(), 0)
 
     # -- the beginning and the end -------------------------------------------------------------------------------------
 

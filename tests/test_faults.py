@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,15 +20,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SmallRun
+from conftest import SmallBuild, SmallRun
 from helpers import SCRIPT, everything_below, metrics
 
+from arc.episodes import epoch_order
 from arc.loading import batches_of, end_workers, make_loader
 from arc.run import runlog
 from arc.run.runlog import RunLog
 from arc.scoring import delta_text
 from model_persistence import ModelPersistence, find_newest_run
-from trainloop_complete_with_fixes import main, parse_arguments
+from trainloop_complete_with_fixes import main, parse_arguments, training_data
 
 # --------------------------------------------------------------------------------------------------------------------
 # records that cannot be written
@@ -301,6 +304,52 @@ def test_workers_end_without_a_word() -> None:
     end_workers(before)
     time.sleep(0.1)
     assert not any(child.is_alive() for child in ours) and signal.getsignal(signal.SIGCHLD) == handler
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors of a batch, in order."""
+    if dataclasses.is_dataclass(value):
+        return [leaf for field in dataclasses.fields(value) for leaf in leaves(getattr(value, field.name))]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def test_batches_of_workers_are_those_without(small_build: SmallBuild) -> None:
+    run = small_build()
+    keys = [(0, episodes) for episodes in epoch_order(run.args, run.training, 0)[:2]]
+    before = multiprocessing.active_children()
+    found = []
+    for workers in (0, 1):
+        sampler: Any = keys
+        loader = make_loader(training_data(run), sampler, workers=workers, pin_memory=False)
+        found.append([leaves(batch) for batch in batches_of(loader)])
+    end_workers(before)
+    for ours, theirs in zip(*found, strict=True):
+        assert len(ours) == len(theirs) > 5
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def with_shared_memory(size: str, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The script where /dev/shm, its own, has room for `size`; skips where that cannot be made."""
+    make = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", make], capture_output=True).returncode:
+        pytest.skip("no mounts of its own for a process here")
+    words = shlex.join([sys.executable, str(SCRIPT), *flags])
+    return subprocess.run(["unshare", "-m", "sh", "-c", f"{make} && exec {words}"], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare(1)")
+def test_shared_memory_may_be_small(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Containers give 64 MiB and less. Batches go through pipes; where not even a lock fits, one line says so."""
+    more = ("--workers", "2", "--max_batches", "2", "--val_limit", "1", "--no_tensorboard", "--output_dir")
+    done = with_shared_memory("512k", [*small_flags, *more, str(tmp_path / "small")])
+    assert done.returncode == 0, done.stderr
+    done = with_shared_memory("16k", [*small_flags, *more, str(tmp_path / "none")])
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and "/dev/shm is full" in errors[0] and "--workers 0" in errors[0], done.stderr
 
 
 def test_a_delta_says_of_how_much_it_is() -> None:
