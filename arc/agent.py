@@ -215,7 +215,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     with torch.autocast(v.device.type, enabled=False):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if v.device.type != "cpu":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            wide = F.pad(v, (0, -v.shape[-1] % 8))  # the fused kernels want multiples of 8
+            return F.scaled_dot_product_attention(q, k, wide, attn_mask=mask)[..., : v.shape[-1]]
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores if mask is None else scores + mask).softmax(-1) @ v
 

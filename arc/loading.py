@@ -84,7 +84,13 @@ def cores() -> int:
 
 
 def make_loader(data: torch.utils.data.Dataset, sampler: Any, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached."""
+    """Batches arrive ready-made; evidence is computed in the workers the first time a task is met, then cached.
+    WorkerLost where there is no room for the workers' queues."""
+    with starting():
+        # As many locks as the queues need, tried first: an iterator of torch's that fails half-made cannot be ended
+        # without a message of its own.
+        tried = [multiprocessing.Lock() for _ in range(4 * workers + 8 if workers else 0)]
+        del tried
     return DataLoader(
         Packing(data) if workers else data,
         batch_size=None,
@@ -99,6 +105,16 @@ def make_loader(data: torch.utils.data.Dataset, sampler: Any, *, workers: int, p
     )
 
 
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Inside, what workers need is made: WorkerLost, one line, where the system does not give it."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"worker processes cannot be started: {error.strerror} (/dev/shm is full, or too many processes?)"
+        raise WorkerLost(f"{reason}; --workers 0 needs none") from error
+
+
 def start_worker(_: int) -> None:
     """Signals are for the main process, which saves first and ends its workers afterwards: those to the whole process
     group (Ctrl-C, `timeout`, SLURM, systemd) must not take a worker away while its batch is waited for."""
@@ -109,17 +125,7 @@ def start_worker(_: int) -> None:
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
     """What the loader gives; WorkerLost, one line, where a worker cannot be started or was lost on the way."""
-    if loader.num_workers:
-        try:
-            # What the workers' queues need, tried first: an iterator of torch's that failed half-made cannot be ended
-            # without a message of its own.
-            tried = [multiprocessing.Lock() for _ in range(4 * loader.num_workers + 8)]
-            del tried
-            batches = iter(loader)
-        except OSError as error:
-            reason = f"worker processes cannot be started: {error.strerror} (/dev/shm is full, or too many processes?)"
-            raise WorkerLost(f"{reason}; --workers 0 needs none") from error
-    else:
+    with starting():
         batches = iter(loader)
     try:
         for batch in batches:

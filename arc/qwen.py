@@ -233,8 +233,9 @@ class QwenPrompt(nn.Module):
         """
         frozen = self.tune == "frozen" and self._all_attention
         states = self._read_frozen(ids, lengths) if frozen else self._read(ids, lengths)  # (B, K, hidden)
-        # fp32 also under autocast: the steps that refine a prompt are smaller than bf16 resolves.
-        return self.project(states).float(), states.float().mean(1)
+        # fp32 also under autocast: the steps that refine a prompt are smaller than bf16 resolves. A tensor of its own:
+        # FSDP2 gathers the weights for the way back in a hook of what comes out here, which a view could lose.
+        return self.project(states).float().clone(), states.float().mean(1)
 
     def _read(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Last hidden states (B, K, hidden) of the queries, with gradient through everything.

@@ -168,15 +168,17 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1536) -> f
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
+    """Counts what makes the host wait for `device`: reads of what lies elsewhere make nobody wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device.type
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique_dim", "aten::equal"):
+        names = ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique_dim", "aten::equal")
+        if name in names and args[0].device.type == self.device:
             self.seen[name.removeprefix("aten::")] += 1
         return func(*args, **(kwargs or {}))
 
@@ -189,7 +191,7 @@ def host_copies(waits: Waits) -> Iterator[None]:
 
     def counted(name: str) -> Any:
         def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            waits.seen[name] += 1
+            waits.seen[name] += self.device.type == waits.device
             return kept[name](self, *args, **kwargs)
 
         return call
@@ -205,7 +207,7 @@ def host_copies(waits: Waits) -> Iterator[None]:
 
 def waits_of(run: Run, batch: Any) -> Counter[str]:
     """What one step waits for."""
-    with Waits() as waits, host_copies(waits):
+    with Waits(run.device) as waits, host_copies(waits):
         one_step(run, batch)
     return waits.seen
 

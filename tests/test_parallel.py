@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import train_batches, train_on
 from helpers import FAST, PATIENCE, ROOT, SCRIPT, differences_of_runs, load, metrics, strict_json, timeless
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,8 +30,10 @@ from transformers import AutoModel
 from arc.device import resolve_device
 from arc.parallel import ALONE, Place, Team, part_of, place, share_of
 from arc.run.files import UserError
+from arc.run.runlog import RunLog
+from arc.sharding import is_sharded, on_host
 from model_persistence import export_best
-from trainloop_complete_with_fixes import parse_arguments
+from trainloop_complete_with_fixes import build_run, parse_arguments
 
 JOB = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
 JOB |= {"MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "2"}
@@ -98,6 +101,41 @@ def test_a_process_alone_exchanges_nothing() -> None:
     assert team.gather(value) is value and team.once(value) is value
     assert team.portion(torch.tensor(3)) == 1.0 and torch.equal(team.mean(value), value.mean())
     assert team.everyones({"a": 1}) == [{"a": 1}] and team.most(15) == 15 and team.remembered() is None
+
+
+class Company(Team):
+    """A process that exchanges everything, be it with itself."""
+
+    alone = property(lambda _: False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_nccl_with_one_process(fsdp: bool, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Every sum goes through NCCL, Qwen is divided by one, and what is learned and saved is the same."""
+    device = torch.device("cuda", 0)
+    found: list[Any] = []
+    torch.cuda.set_device(device)
+    flags = [*small_flags, "--device", "cuda", "--optimizer", "adamw"]
+    where = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=where, rank=0, world_size=1)
+    try:
+        for team in (Team(), Company()):
+            args, _ = parse_arguments([*flags, "--output_dir", str(tmp_path / str(len(found)))])
+            args.fsdp = fsdp and not team.alone  # as a flag it asks for several processes
+            run = build_run(args, RunLog(quiet=True), time.monotonic(), team=team)
+            team.same_weights(run.modules.values(), run.average.average.values() if run.average else ())
+            run.log.open(tmp_path, rows=0)
+            train_on(run, train_batches(run, 6))
+            assert (run.state.skipped_steps, is_sharded(next(run.qwen.parameters()))) == (0, args.fsdp)
+            assert team.everyones([1]) == [[1]] and team.most(3) == 3 and team.first(0.5) == 0.5
+            found.append(on_host({name: part.state_dict() for name, part in run.modules.items()}, keep=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    alone, company = ({f"{m}.{k}": v for m, each in one.items() for k, v in each.items()} for one in found)
+    assert alone.keys() == company.keys()
+    assert [name for name in alone if not close(alone[name].float(), company[name].float(), 1e-4)] == []
 
 
 # --------------------------------------------------------------------------------------------------------------------
