@@ -38,7 +38,7 @@ from arc import recipes, sharding
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
 from arc.batches import PredictionBatch, QueryBatch, context_pairs, reverse_queries
 from arc.conflicts import conflicts, problems_of_all
-from arc.device import Precision, resolve_device, resolve_precision
+from arc.device import Precision, resolve_device, resolve_precision, small_pass, too_little_memory
 from arc.efe import EfeWeights, Pass, Weights
 from arc.episodes import EpisodeData, TrainBatch, epoch_order
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
@@ -142,11 +142,11 @@ class Flags:
     recipe: str | None = flag(RUN, None, "flags that go together (others win); gpu: one card", tuple(RECIPES), UNSAVED)
     epochs: int = flag(RUN, 20, "passes over all episodes", whole(1), FREE)
     max_batches: int = flag(RUN, 0, "batches an epoch at most; 0: all", whole(0))
-    time_budget: float = flag(RUN, 0.0, "seconds for the whole command, final validation included (about); 0: no limit",
-                              real(0), COMMAND)
+    time_budget: float = flag(RUN, 0.0, "seconds for all, last validation included; 0: no limit", real(0), COMMAND)
     device: str = flag(RUN, "auto", "where to compute", ("auto", "cpu", "cuda", "mps"), COMMAND)
     seed: int = flag(RUN, 0, "seed of everything random", whole(0, 2**31 - 1))
     threads: int = flag(RUN, 0, "CPU threads for torch; 0: torch's own choice", whole(0, 1024), FREE)
+    compile: bool = flag(RUN, False, "the agent's blocks as fused kernels: faster after some minutes", resume=COMMAND)
     fsdp: bool = flag(RUN, False, "under torchrun: Qwen divided among the processes", resume=COMMAND)
     workers: int = flag(RUN, -1, "processes that prepare batches; -1: by machine", whole(-1, 64), COMMAND)
     eval_only: bool = flag(RUN, False, "do not train: validate a checkpoint (with --resume) again, or score it on "
@@ -156,16 +156,12 @@ class Flags:
     strict: bool = flag(RUN, False, "a red flag saves and stops the run with exit code 3", resume=COMMAND)
     quiet: bool = flag(RUN, False, "no log lines or bars on stdout; train.log has them all", resume=COMMAND)
 
-    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, generated, a JSON file, a zip or a folder",
-                     path, FREE)
+    data: str = flag(DATA, "arcagi2", "arcagi2, arcagi1, kaggle2025, generated, a file, zip or folder", path, FREE)
     extra_data: str | None = flag(DATA, None, "trained on, never validated: generated, or files of many pairs", path)
-    families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known (default), all, or names, "
-                                     "comma-separated", family_list)
-    tasks: int = flag(DATA, 20, "of --data generated: tasks of each family; 0: fresh ones without end",
-                      whole(0, 10_000))
+    families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known, all, or names", family_list)
+    tasks: int = flag(DATA, 20, "of --data generated: tasks a family; 0: fresh ones without end", whole(0, 10_000))
     pairs: int = flag(DATA, 4, "of --data generated: demonstrations of a task", whole(2, 30))
-    queries: int = flag(DATA, 4, "of --data generated: fresh pairs that are asked after one reading of a context",
-                        whole(1, 1024))
+    queries: int = flag(DATA, 4, "of --data generated: pairs asked after one reading of a context", whole(1, 1024))
     episodes: int = flag(DATA, 8192, "of --data generated: contexts an epoch", whole(1))
     max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
@@ -575,6 +571,8 @@ def build_run(
     qwen = qwen.sharded(device, precision.dtype) if args.fsdp else qwen.to(device)
     shape = {name: getattr(args, f"agent_{name}") for name in ("width", "heads", "blocks", "passes")}
     agent = GridAgent(NUM_TABLES, NUM_RULES, args.prompt_len, args.prompt_dim, **shape).to(device)
+    if args.compile:
+        agent.compile_blocks(log)
     policy = PromptPolicy(args.prompt_len, args.prompt_dim).to(device)
     policy.total = team.total
     memory = MemoryBank(args.memory_size, qwen.embedding_dim, args.prompt_len, args.prompt_dim).to(device)
@@ -779,9 +777,8 @@ def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]
 def train(run: Run) -> None:
     """Epochs from where the state stands to the end, each with its summary, validation and checkpoint."""
     args, state = run.args, run.state
-    sampler = EpochSampler([], 0)
-    workers, on_gpu = worker_count(args.workers), run.device.type == "cuda"
-    loader = make_loader(training_data(run), sampler, workers=workers, pin_memory=on_gpu)
+    sampler, on_gpu = EpochSampler([], 0), run.device.type == "cuda"
+    loader = make_loader(training_data(run), sampler, workers=worker_count(args.workers), pin_memory=on_gpu)
     if state.epoch >= args.epochs:
         run.log(f"Nothing to train: all {args.epochs} epochs are done; a larger --epochs goes on")
     while state.epoch < args.epochs:
@@ -864,7 +861,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
 def training_data(run: Run) -> EpisodeData:
     """What the loader builds training batches with."""
-    return EpisodeData.of(run.args, run.training, run.extra, run.store, run.qwen.encoder, run.team.place)
+    data, together = (run.args, run.training, run.extra, run.store), small_pass(run.device)
+    return EpisodeData.of(*data, run.qwen.encoder, run.team.place, together=together)
 
 
 def validate(run: Run) -> dict[str, SplitReport]:
@@ -1036,7 +1034,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leave:  # argparse's way to end; what there is to say is printed
         return int(leave.code or 0)
     except PeerLost as problem:  # nothing is saved between two optimizer steps: the last checkpoint counts
-        if os.environ["RANK"] == "0" or problem.own:
+        if problem.own or os.environ["RANK"] == "0":
             print(f"error: {problem}; what was saved before counts", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training begins, or a second one while the first is being obeyed
@@ -1158,6 +1156,8 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
         if isinstance(problem, PersistenceError):  # nothing can be saved
             return 1
         code = 1
+    except torch.OutOfMemoryError as problem:  # it may be in the middle of an update: nothing is saved
+        raise PeerLost(too_little_memory(run.args), own=True) from problem
     if not evaluating:  # else nothing was trained
         try:
             save_checkpoint(run, wait=True)

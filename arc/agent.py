@@ -15,7 +15,7 @@ symmetry of the square, displaced by as much as the prompt says.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -240,6 +240,7 @@ class GridAgent(nn.Module):
         if width % heads or (width // heads) % 4:
             raise ValueError(f"agent width {width} must be a multiple of 4 * heads ({4 * heads})")
         self.num_tables, self.heads, self.passes = num_tables, heads, passes
+        self.is_compiled = False
         condition = max(width, 128)  # narrow agents too: it carries all that is known of the task
         prompt = prompt_len * prompt_dim
         # cells -> tokens: 3x3 input colours, each table's class and whether it agrees with the vote, the vote, flags
@@ -290,6 +291,20 @@ class GridAgent(nn.Module):
         # 1). Half a nat: from 0.02, refinement found too little to hold on to (development split).
         nn.init.normal_(self.prompt_trust.weight, std=0.5 / math.sqrt(self.prompt_trust.in_features))
 
+    def compile_blocks(self, say: Callable[[str], None]) -> None:
+        """The blocks through torch.compile from now on, one code for all of them and for all sizes. Says so, and
+        leaves them as they are, where this machine cannot compile."""
+        try:
+            device = self.head.weight.device
+            torch.compile(torch.neg, dynamic=True)(torch.ones(3, device=device))
+        except Exception as problem:  # whatever a compiler, or its absence, may raise
+            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+            say(f"--compile: not compiled, this machine cannot ({reason})")
+            return
+        for block in self.blocks:
+            block.compile(dynamic=True)
+        self.is_compiled = True
+
     @property
     def description(self) -> str:
         """One line of a run's opening."""
@@ -316,7 +331,7 @@ class GridAgent(nn.Module):
         paints = self.paints(prompt).float().unflatten(-1, (-1, NUM_COLOURS))  # (B, 10 + FINDINGS, 10)
         places = self.places(query)
         mask = None
-        if query.padded:
+        if query.padded or self.is_compiled:  # one code for both, where it has to be compiled
             mask = torch.zeros_like(query.valid, dtype=torch.float32).masked_fill(~query.valid, -1e4)[:, None, None]
         logits: list[Tensor] = []
         x = token

@@ -11,6 +11,7 @@ demonstration pair).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -242,12 +243,16 @@ def reverse_queries(grids: Tensor, query: QueryBatch, rows: Tensor) -> QueryBatc
     return collate_queries(queries).to(grids.device)
 
 
-def collate_in_buckets(queries: Sequence[Query]) -> list[QueryBatch]:
-    """The queries in several batches of similar size, so that no batch is more than about a quarter padding; empty list
-    for no queries. Their order is lost, `owner` says whose they are."""
+def collate_in_buckets(queries: Sequence[Query], max_cells: float = math.inf, together: int = 0) -> list[QueryBatch]:
+    """The queries in several batches of similar size, so that no batch is more than about a quarter padding, and of at
+    most `max_cells` tokens (but at least one query). Up to `together` tokens are one batch whatever their sizes: on a
+    GPU a pass of few costs as much as one of thousands. Empty list for no queries. Their order is lost, `owner` says
+    whose they are."""
     buckets: list[list[Query]] = []
     for query in sorted(queries, key=lambda query: query.cells):
-        if not buckets or query.cells > 1.6 * buckets[-1][0].cells + 16:
+        padded = (len(buckets[-1]) + 1) * query.cells if buckets else 0
+        unlike = buckets and query.cells > 1.6 * buckets[-1][0].cells + 16
+        if not buckets or padded > max_cells or (unlike and padded > together):
             buckets.append([])
         buckets[-1].append(query)
     return [collate_queries(bucket) for bucket in buckets]

@@ -6,6 +6,7 @@ under several views; where pairs can be drawn without end (arc/drawn.py), a few 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -195,7 +196,8 @@ class EpisodeData(torch.utils.data.Dataset):
     encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py). refined_views: how many queries of
     an episode are answered under the refined prompt too; the others would teach the agent nearly the same a second
     time. source: where episodes whose pairs are drawn come from, with the evidence of `passing`.
-    place: of the process, which makes its share of each batch.
+    place: of the process, which makes its share of each batch. max_cells, together: of `collate_in_buckets`; queries
+    are padded to at most twice `max_cells`.
     """
 
     def __init__(
@@ -206,6 +208,8 @@ class EpisodeData(torch.utils.data.Dataset):
         *,
         seed: int,
         views: int,
+        max_cells: float = math.inf,
+        together: int = 0,
         augment: str,
         feedback_pairs: int,
         refined_views: int,
@@ -216,7 +220,8 @@ class EpisodeData(torch.utils.data.Dataset):
         self.tasks, self.store, self.encode = tasks, store, encode
         self.source, self.passing = source, passing or store
         self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
-        self.refined_views, self.place = refined_views, place
+        self.refined_views, self.place, self.max_cells = refined_views, place, max_cells
+        self.together = together
 
     @classmethod
     def of(
@@ -227,6 +232,8 @@ class EpisodeData(torch.utils.data.Dataset):
         store: EvidenceStore,
         encode: Any,
         place: Place = ALONE,
+        *,
+        together: int = 0,
     ) -> Self:
         """As the flags have it. extra: see `source_of`."""
         return cls(
@@ -235,6 +242,8 @@ class EpisodeData(torch.utils.data.Dataset):
             encode,
             seed=args.seed,
             views=args.views,
+            max_cells=args.max_cells,
+            together=together,
             augment=args.augment,
             feedback_pairs=args.feedback_pairs,
             refined_views=args.refined_views,
@@ -250,28 +259,29 @@ class EpisodeData(torch.utils.data.Dataset):
         episodes = share_of(batch, self.place)
         numbers: list[int] = []
         texts: list[Sequence[int]] = []
-        queries: list[Query] = []
+        views: list[list[Query]] = []
         feedback: list[Query] = []
-        first_view: list[int] = []
-        refined: list[int] = []
         for owner, episode in enumerate(episodes):
             if isinstance(episode, Drawn):
                 number, asked, shown, text = self.drawn(epoch, episode, owner)
             else:
                 number, asked, shown, text = self.held_out(epoch, episode, owner)
-            first_view.append(len(queries))
-            refined += range(len(queries), len(queries) + min(len(asked), self.refined_views))
             numbers.append(number)
             texts.append(self.encode(text))
-            queries += asked
+            views.append(asked)
             feedback += shown
+        views = as_many_as_fit(views, 2 * self.max_cells)
+        first_view = [sum(map(len, views[:owner])) for owner in range(len(views))]
+        refined = [
+            at + n for at, each in zip(first_view, views, strict=True) for n in range(len(each[: self.refined_views]))
+        ]
         ids, lengths = pad_ids(texts)
         return TrainBatch(
             context_ids=ids,
             context_lengths=lengths,
             task=torch.tensor(numbers),
-            query=collate_queries(queries),
-            feedback=collate_in_buckets(feedback),
+            query=collate_queries([query for asked in views for query in asked]),
+            feedback=collate_in_buckets(feedback, self.max_cells, self.together),
             first_view=torch.tensor(first_view),
             keep=torch.tensor([keeps_latent(self.seed, epoch, episode.index) for episode in episodes]),
             refined=torch.tensor(refined),
@@ -301,6 +311,17 @@ class EpisodeData(torch.utils.data.Dataset):
         asked = [make_query(pair.input, pair.output, known.test(n), same, owner) for n, pair in enumerate(task.test)]
         others = feedback_indices(len(task.train), None, self.feedback_pairs)
         return number, asked, [demonstration(task, n, known.held_out(n), owner) for n in others], context_pairs(task)
+
+
+def as_many_as_fit(views: Sequence[list[Query]], max_cells: float) -> list[list[Query]]:
+    """The first views of each episode, so many that their padded batch has no more tokens than `max_cells`, but one at
+    least. Batches are made before anything is known of the sizes that the evidence predicts: where it is wrong, one
+    large canvas would pad all the others to its size."""
+    longest = max(query.cells for asked in views for query in asked)
+    most = max(1, *map(len, views))
+    while most > 1 and sum(min(most, len(asked)) for asked in views) * longest > max_cells:
+        most -= 1
+    return [asked[:most] for asked in views]
 
 
 def keeps_latent(seed: int, epoch: int, index: int) -> bool:

@@ -29,8 +29,9 @@ DRAWN: Mapping[str, Any] = {
     "w_size": 0.5,
 }
 
-# --recipe gpu: an agent of tens of millions of parameters, trained on the demonstrations of both sets. Not measured:
-# what a recipe without a card to try it on can be is sizes that published systems of this kind have.
+# --recipe gpu: an agent of tens of millions of parameters, trained on the demonstrations of both sets. Sizes are those
+# of published systems of this kind. A batch is as large as 24 GiB should hold: on a card a step costs about the same
+# whether it has 6,000 tokens or 60,000 (benchmarks/RESULTS.md), so more memory is worth a larger --max_cells.
 GPU: Mapping[str, Any] = {
     "adapt": True,
     "val_splits": ("seed", "adapted"),
@@ -44,8 +45,8 @@ GPU: Mapping[str, Any] = {
     "ema": 0.999,
     "augment": "full",
     "views": 8,
-    "batch_size": 256,
-    "max_cells": 65536,
+    "batch_size": 512,
+    "max_cells": 24576,
     "amp": "auto",
     "epochs": 100,
     "val_every": 10,

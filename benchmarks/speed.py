@@ -137,7 +137,12 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
+        if "scaled_dot_product" in func.name():  # torch counts only values as wide as keys
+            back = "backward" in func.name()
+            q, k, v = args[1:4] if back else args[:3]
+            wide = (3 * q.shape[-1] + 2 * v.shape[-1]) if back else (q.shape[-1] + v.shape[-1])
+            self.total += 2 * q.shape[:-1].numel() * k.shape[-2] * wide
+        elif count := flop_registry.get(func._overloadpacket):
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
 

@@ -31,7 +31,7 @@ from arc.batches import (
     unpad_grid,
 )
 from arc.datasets import load_dataset
-from arc.episodes import Episode, all_episodes, episode_cells, epoch_batches, views_of
+from arc.episodes import Episode, all_episodes, as_many_as_fit, episode_cells, epoch_batches, views_of
 from arc.evidence import CLASS_WEIGHTS, NUM_RULES, NUM_TABLES, QueryEvidence, augment_evidence
 from arc.loading import EpochSampler
 from arc.tasks import Grid, Pair, Task
@@ -266,6 +266,28 @@ def test_buckets_hold_every_query_with_little_padding(items: list[Query]) -> Non
     for batch in batches:
         lengths = batch.valid.sum(1)
         assert int(lengths.max()) <= 1.6 * int(lengths.min()) + 16
+
+
+@settings(max_examples=40)
+@given(st.lists(queries(), max_size=6), st.integers(1, 100), st.integers(0, 100))
+def test_buckets_are_of_a_limited_size(items: list[Query], max_cells: int, together: int) -> None:
+    batches = collate_in_buckets(items, max_cells, together)
+    assert sorted(int(n) for b in batches for n in b.valid.sum(1)) == sorted(query.cells for query in items)
+    assert all(len(batch) == 1 or batch.valid.numel() <= max_cells for batch in batches)
+    if items and len(items) * max(query.cells for query in items) <= min(max_cells, together):
+        assert len(batches) == 1  # so few that their sizes do not matter
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(queries(), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 300))
+def test_views_are_left_out_where_a_batch_would_be_too_large(views: list[list[Query]], max_cells: int) -> None:
+    """The first view of each episode always stays; one more of each would be too many."""
+    fitting = as_many_as_fit(views, max_cells)
+    assert all(some == each[: len(some)] and some for some, each in zip(fitting, views, strict=True))
+    longest, most = max(query.cells for each in views for query in each), max(map(len, fitting))
+    assert most == 1 or sum(map(len, fitting)) * longest <= max_cells
+    if fitting != views:
+        assert sum(min(most + 1, len(each)) for each in views) * longest > max_cells
 
 
 @settings(max_examples=20)

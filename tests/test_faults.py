@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import SmallBuild, SmallRun
-from helpers import SCRIPT, everything_below, metrics
+from helpers import SCRIPT, command, everything_below, metrics
 
+from arc.agent import GridAgent
 from arc.episodes import epoch_order
 from arc.loading import batches_of, end_workers, make_loader
 from arc.run import runlog
@@ -350,6 +351,43 @@ def test_shared_memory_may_be_small(small_flags: tuple[str, ...], tmp_path: Path
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(errors) == 1 and "/dev/shm is full" in errors[0] and "--workers 0" in errors[0], done.stderr
+
+
+def test_too_little_memory_is_one_line(small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved before counts: the step may have been in the middle of an update."""
+    calls, forward = iter(range(10**6)), GridAgent.forward
+
+    def full(*args: Any, **more: Any) -> Any:
+        if next(calls) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.90 GiB.")
+        return forward(*args, **more)
+
+    monkeypatch.setattr(GridAgent, "forward", full)
+    outcome = small_run(tmp_path / "run", "--save_every", "2", "--no_tensorboard")
+    assert outcome.code == 1 and outcome.stderr.count("error: ") == 1 and "Traceback" not in outcome.stderr
+    assert "--max_cells (now 6144)" in outcome.stderr and "what was saved before counts" in outcome.stderr
+    monkeypatch.undo()
+    assert small_run(tmp_path / "run", "--resume").code == 0
+
+
+def test_where_nothing_can_be_compiled_it_goes_on(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    flags = [*small_flags, "--output_dir", str(tmp_path / "run"), "--max_batches", "1", "--val_limit", "1"]
+    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    words = [sys.executable, str(SCRIPT), *flags, "--no_tensorboard", "--compile"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "--compile: not compiled, this machine cannot (" in done.stdout
+
+
+@pytest.mark.soak
+def test_compiled_blocks_learn_the_same(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    flags = [*small_flags, *"--val_limit 2 --no_tensorboard --optimizer adamw --agent_lr 0.02".split()]
+    losses = []
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        code, out, err = command([*flags, "--output_dir", str(tmp_path / name), *more], tmp_path)
+        assert code == 0 and "not compiled" not in out, err
+        losses.append([row["loss"] for row in metrics(tmp_path / name) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] != losses[1]
 
 
 def test_a_delta_says_of_how_much_it_is() -> None:

@@ -63,6 +63,8 @@ def dangers(tree: ast.AST) -> Iterator[str]:
         if whole.partition(".")[0] in UNPICKLERS or is_code_runner(whole):
             yield f"import: {whole}"
     for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            continue  # a flag that is called "compile" runs nothing
         if isinstance(node, (ast.Name, ast.Attribute)) and is_code_runner(dotted(node, names)):
             yield f"{node.lineno}: {dotted(node, names)}"
         elif isinstance(node, ast.Call):
