@@ -973,7 +973,7 @@ def save_checkpoint(run: Run, *, wait: bool = False) -> None:
 
 def load_checkpoint(persistence: ModelPersistence, which: str) -> Checkpoint:
     """latest, best or a path, verified. UserError for one that this version of the program did not write."""
-    checkpoint = persistence.load(which)
+    checkpoint = persistence.load(which, aside=False)
     found = checkpoint.state.get("extra", {}).get("format", 1)
     if found != CHECKPOINT_FORMAT:
         raise UserError(

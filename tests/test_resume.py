@@ -264,6 +264,9 @@ def test_falls_back_to_an_older_checkpoint(
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
 
+    before = everything_below(interrupted)
+    refused = small_run(interrupted, *FLAGS, "--resume", "--data", "nowhere")
+    assert refused.code == 2 and everything_below(interrupted) == before  # what is refused has changed nothing
     resumed = small_run(interrupted, *FLAGS, "--resume")
     assert resumed.code == 0, resumed.stderr
     assert "Resumed from step-000000003" in resumed.stdout

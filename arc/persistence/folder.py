@@ -115,12 +115,12 @@ class RunFolder:
         os.rename(folder, trash)
         remove_tree(trash)
 
-    def quarantine(self, folder: Path, reason: str) -> None:
+    def quarantine(self, folder: Path) -> None:
         """Sets a checkpoint that fails verification aside, where nothing here ever deletes it. Raises: OSError."""
         bad = self.path / f".bad-{folder.name.removeprefix('.old-')}-{uuid.uuid4().hex[:8]}"
         os.rename(folder, bad)
         fsync_dir(self.path)
-        self.log(f"[Checkpoint] {folder.name} is corrupt ({reason}): set aside as {bad.name}, trying an older one")
+        self.log(f"[Checkpoint] {folder.name} is set aside as {bad.name}")
 
 
 def _write_groups(tmp: Path, snapshot: Snapshot) -> dict[str, FileSpec]:

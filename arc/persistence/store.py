@@ -67,6 +67,7 @@ class ModelPersistence:
         self._log_line = log
         self._owner = os.getpid()
         self._closed = False
+        self._damaged: set[Path] = set()  # found by a load that moves nothing: set aside by the next save
         self._stager = Stager(self._log)
         self._writer = Writer()
         self._folder = RunFolder(self.output_dir, self._log)
@@ -126,6 +127,7 @@ class ModelPersistence:
         self._check_writer()
         self._writer.join()
         self._writer.raise_failure()
+        self._set_aside()
         snapshot = self._stager.take(state, step, metrics or {}, frozen, copy=self.background and not given)
         if not self.background:
             self._commit(snapshot)
@@ -187,12 +189,15 @@ class ModelPersistence:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self, which: str | os.PathLike[str] = "latest") -> Checkpoint:
+    def load(self, which: str | os.PathLike[str] = "latest", *, aside: bool = True) -> Checkpoint:
         """Loads a checkpoint, every byte verified first.
 
         "latest" is the newest save; "best" the one with the best accuracy_delta, else the best val_accuracy, else the
         latest. One that fails verification is quarantined and named in the log, and the next is tried. Anything else
         is the path of a checkpoint folder, which is loaded or refused.
+
+        aside: False: quarantined by the next save only, so that a command that is refused meanwhile has changed
+        nothing (unless the backup has to help out).
 
         Raises: PersistenceError if there is no valid one.
         """
@@ -200,7 +205,10 @@ class ModelPersistence:
             self.wait()
         if which not in ("latest", "best"):
             return self._load_path(Path(which))
+        self._damaged.clear()
         tried = self._try_all(str(which))
+        if aside or not isinstance(tried, Checkpoint):
+            self._set_aside()
         if isinstance(tried, Checkpoint):
             if self._mirror is not None:
                 self._mirror.request()  # a backup that was only named now: nothing may be saved any more
@@ -208,6 +216,7 @@ class ModelPersistence:
         if not self.read_only and self.backup_dir is not None and restore(self._folder, self.backup_dir):
             self._retention.adopt()
             restored = self._try_all(str(which))
+            self._set_aside()
             if isinstance(restored, Checkpoint):
                 return restored
         problem = f"none of {tried} is valid" if tried else "there is none yet"
@@ -217,13 +226,16 @@ class ModelPersistence:
         """The first checkpoint that is valid, or how many were tried."""
         tried = 0
         for folder in self._order(which):
+            if folder in self._damaged:
+                continue
             try:
                 return read_checkpoint(folder)
             except FrozenMissing as error:
                 self._log(f"[Checkpoint] {error}; trying an older one")
             except Corrupt as error:
                 if folder.exists():
-                    self._quarantine(folder, str(error))
+                    self._damaged.add(folder)
+                    self._log(f"[Checkpoint] {folder.name} is corrupt ({error}); trying an older one")
             except OSError as error:
                 self._log(f"[Checkpoint] {folder} can't be read ({error.strerror}); trying an older one")
             tried += 1
@@ -250,11 +262,12 @@ class ModelPersistence:
             return [*bests, *latest]
         return [*latest, *bests]  # a best one is older than nothing at all
 
-    def _quarantine(self, folder: Path, reason: str) -> None:
-        if self.read_only:
-            self._log(f"[Checkpoint] {folder} is corrupt ({reason}); trying an older one")
-        else:
-            self._folder.quarantine(folder, reason)
+    def _set_aside(self) -> None:
+        """Quarantine what loads have found damaged; what is only read stays as it is."""
+        while self._damaged and not self.read_only:
+            folder = self._damaged.pop()
+            if folder.exists():
+                self._folder.quarantine(folder)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose manifest is sound and whose files have the right sizes, or None."""
