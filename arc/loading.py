@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from arc.parallel import place
 from arc.tasks import Task
 
 PATIENCE = 600.0  # seconds for one batch: evidence of a batch's tasks takes some; nothing here waits for ever
+
+
+# SIGHUP is not there on Windows
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class WorkerLost(RuntimeError):
@@ -117,18 +122,31 @@ def starting() -> Iterator[None]:
 
 def start_worker(_: int) -> None:
     """Signals are for the main process, which saves first and ends its workers afterwards: those to the whole process
-    group (Ctrl-C, `timeout`, SLURM, systemd) must not take a worker away while its batch is waited for."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP is not there on Windows
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    group (Ctrl-C, `timeout`, SLURM, systemd) must not take a worker away while its batch is waited for. It leaves with
+    the main process, though, however that ends: half of a batch may be in a pipe that nobody will ever read."""
+    threading.Thread(target=leave_with_parent, name="leave with parent", daemon=True).start()
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_with_parent() -> None:
+    """End this process when the one that started it has gone."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
     """What the loader gives; WorkerLost, one line, where a worker cannot be started or was lost on the way."""
-    with starting():
+    with starting(), endings_later():
         batches = iter(loader)
+    DEATHS.adopt()
     try:
-        for batch in batches:
+        while True:
+            with DEATHS.told():
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield batch.unpacked() if isinstance(batch, Packed) else batch
     except RuntimeError as error:
         text = str(error)
@@ -136,6 +154,65 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
             raise
         reason = text.splitlines()[0].rstrip(".")
         raise WorkerLost(f"{reason} (out of memory, or /dev/shm is full?); --workers 0 needs no processes") from error
+
+
+@contextlib.contextmanager
+def endings_later() -> Iterator[None]:
+    """Inside, the signals that end a run wait, for this process and for those that it starts, which inherit that: one
+    is not ended before it has come to ignore them (`start_worker`)."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class Deaths:
+    """torch raises a worker's death from its handler of SIGCHLD, wherever the main process is just then: in the midst
+    of an update or of a line of log. Here it is kept until a batch is waited for, which is where it is understood."""
+
+    def __init__(self) -> None:
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._waiting = False
+        self._death: RuntimeError | None = None
+
+    def adopt(self) -> None:
+        """Take the place of torch's handler, which it installs with the first workers of a process."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and handler != self._heard:
+            self._handler = handler
+            signal.signal(signal.SIGCHLD, self._heard)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        assert self._handler is not None
+        try:
+            self._handler(number, frame)
+        except RuntimeError as error:
+            if self._waiting:
+                raise
+            self._death = error
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, a death is raised as torch does, the first one that came before it as well."""
+        self._waiting = True
+        try:
+            if self._death is not None:
+                raise self._death
+            yield
+        finally:
+            self._waiting, self._death = False, None
+
+    def forget(self) -> None:
+        self._death = None
+
+
+DEATHS = Deaths()  # one a process, as its handlers of signals are
 
 
 def end_workers(before: Sequence[Any]) -> None:
@@ -147,6 +224,7 @@ def end_workers(before: Sequence[Any]) -> None:
         for child in ours:
             child.kill()
             child.join(5)
+    DEATHS.forget()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from helpers import SCRIPT, command, everything_below, metrics
 
 from arc.agent import GridAgent
 from arc.episodes import epoch_order
-from arc.loading import batches_of, end_workers, make_loader
+from arc.loading import WorkerLost, batches_of, end_workers, make_loader
 from arc.run import runlog
 from arc.run.runlog import RunLog
 from arc.scoring import delta_text
@@ -305,6 +305,81 @@ def test_workers_end_without_a_word() -> None:
     end_workers(before)
     time.sleep(0.1)
     assert not any(child.is_alive() for child in ours) and signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_worker_s_death_is_told_where_a_batch_is_waited_for() -> None:
+    """torch's handler of SIGCHLD would raise it wherever the main process is."""
+    before = multiprocessing.active_children()
+    data: Any = torch.utils.data.TensorDataset(torch.arange(64))
+    batches = batches_of(make_loader(data, range(64), workers=1, pin_memory=False))
+    assert next(batches) is not None
+    for child in set(multiprocessing.active_children()) - set(before):
+        child.kill()
+    time.sleep(0.5)  # an update, in whose midst it dies
+    with pytest.raises(WorkerLost, match="is killed by signal"):
+        next(batches)
+    end_workers(before)
+    assert next(batches_of(make_loader(data, range(64), workers=1, pin_memory=False))) is not None
+    end_workers(before)
+
+
+WORKING = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch
+from arc.loading import WorkerLost, batches_of, make_loader
+
+class Data(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        return "x" * 10**6  # more than a pipe holds
+
+signal.signal(signal.SIGTERM, lambda number, frame: print("told", flush=True))
+os.register_at_fork(after_in_child=lambda: (print("born", os.getpid(), flush=True), time.sleep({asleep})))
+batches = batches_of(make_loader(Data(), range(20), workers=1, pin_memory=False))
+first = next(batches)
+print("first", flush=True)
+time.sleep({pause})
+print(1 + sum(1 for _ in batches), flush=True)
+"""
+
+
+def working(asleep: float = 0, pause: float = 0) -> tuple[subprocess.Popen[str], int]:
+    """A process with a worker, and the worker's id; the worker is `asleep` at first, its trainer `pause`s later on."""
+    code = WORKING.format(root=str(SCRIPT.parent), asleep=asleep, pause=pause)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline().split()[1])
+
+
+def test_a_worker_may_not_be_ended_before_it_works() -> None:
+    """`timeout` and SLURM tell the whole process group; what ends is for the main process to say."""
+    process, _ = working(asleep=1)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out.split() == ["told", "first", "20"] and process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+def test_a_killed_trainer_leaves_no_worker() -> None:
+    """One that has half a batch in a pipe, which nobody will read, does not come to ask whether it is still there."""
+    process, worker = working(pause=60)
+    assert process.stdout is not None and process.stdout.readline() == "first\n"
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker is still there"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process and it is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def leaves(value: Any) -> list[torch.Tensor]:

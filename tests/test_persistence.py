@@ -572,6 +572,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(run: Path) -> None
 HOLDER = """
 import os, sys, time
 sys.path.insert(0, {root!r})
+os.register_at_fork(after_in_child=lambda: time.sleep(0.5))  # ours comes after it: so long the lock outlives its holder
 from model_persistence import ModelPersistence
 persistence = ModelPersistence({run!r})
 if os.fork() == 0:  # as a DataLoader worker, which may outlive its parent for a while

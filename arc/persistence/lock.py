@@ -27,6 +27,7 @@ class RunLock:
     taken over."""
 
     HEARTBEAT, STALE = 20.0, 120.0
+    REMAINS = 5.0  # seconds in which a dead holder's children let go of a lock that they were born with
 
     def __init__(self, run: Path, log: Callable[[str], None]) -> None:
         self._path = run / "LOCK"
@@ -50,13 +51,18 @@ class RunLock:
     def _flock(self, fd: int) -> bool:
         if fcntl is None:
             return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            raise PersistenceError(f"{self._path.parent} is in use by another run ({self._holder(fd)})") from None
-        except OSError:
-            return False  # ENOTSUP, ENOLCK, ENOSYS, EINVAL: this file system has no such locks
+        until = time.monotonic() + self.REMAINS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if not self._holder_is_dead(fd) or time.monotonic() > until:
+                    text = f"{self._path.parent} is in use by another run ({self._holder(fd)})"
+                    raise PersistenceError(text) from None
+                time.sleep(0.05)
+            except OSError:
+                return False  # ENOTSUP, ENOLCK, ENOSYS, EINVAL: this file system has no such locks
 
     def _take_by_heartbeat(self, fd: int) -> None:
         try:
@@ -88,6 +94,13 @@ class RunLock:
         os.lseek(fd, 0, os.SEEK_SET)
         held = json.loads(os.read(fd, 4096))
         return int(held["pid"]), str(held["host"])[:80]
+
+    def _holder_is_dead(self, fd: int) -> bool:
+        try:
+            pid, host = self._read_card(fd)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return host == socket.gethostname() and not _is_alive(pid)
 
     def _holder(self, fd: int) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
