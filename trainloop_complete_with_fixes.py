@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from arc import efe as free_energy
 from arc import recipes, sharding
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
-from arc.batches import PredictionBatch, QueryBatch, context_pairs, reverse_queries
+from arc.batches import PredictionBatch, QueryBatch, context_pairs
 from arc.conflicts import conflicts, problems_of_all
 from arc.device import Precision, resolve_device, resolve_precision, small_pass, too_little_memory
 from arc.efe import EfeWeights, Pass, Weights
@@ -684,8 +684,8 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
             Pass(query, after, fixes.hard_cells(after, query, voted[batch.refined])),
         )
         # The way back is trained on each episode's first view only: it costs a pass of its own.
-        asked = reverse_queries(batch.query.target_grid[batch.first_view], batch.query, batch.first_view)
-        terms = free_energy.terms(passes, asked, agent(asked, refined, reverse=True), team.portion)
+        back = agent(batch.way_back, refined, reverse=True)
+        terms = free_energy.terms(passes, batch.way_back, back, team.portion)
         tasks, prompts = team.gather(batch.task), (team.gather(prompt), team.gather(refined.float()))
         terms["prompt"] = team.once(fixes.consistency(torch.cat(prompts), tasks.repeat(2)))  # FIX 6
         efe = free_energy.combine(terms, run.weights, fixes.curriculum.get_size_loss_weight(run.state.epoch))  # FIX 4

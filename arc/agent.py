@@ -112,9 +112,12 @@ def there_and_back(
     reversed_grids = [torch.full_like(grids[0], -1) for _ in grids]
     changed = torch.nonzero((grids[0] != grids[1]).flatten(1).any(1)).flatten()
     if len(changed):
-        for grid, back, under in zip(grids, reversed_grids, prompts, strict=True):
-            asked = reverse_queries(grid[changed], query, changed)
-            back[changed] = agent(asked, under, reverse=True).predicted_grid(asked, size=asked.out_size)
+        asked = reverse_queries(torch.cat([grid[changed] for grid in grids]), query, changed.repeat(len(grids)))
+        # One pass for both, the second half under the second prompts.
+        asked.owner[len(changed) :] += len(prompts[0])
+        found = agent(asked, torch.cat(list(prompts)), reverse=True).predicted_grid(asked, size=asked.out_size)
+        for back, part in zip(reversed_grids, found.split(len(changed)), strict=True):
+            back[changed] = part
     return list(zip(grids, reversed_grids, strict=True))
 
 

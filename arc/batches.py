@@ -231,15 +231,22 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
     return QueryBatch(**tensors, padded=not bool(valid.all()), silent=not bool(codes.any()))
 
 
+def reverse_query(query: Query) -> Query:
+    """The query that asks for the input of a training query, given its target."""
+    assert query.target is not None
+    return Query(query.target, query.grid, query.grid.shape, None, query.augmentation, query.owner)
+
+
 def reverse_queries(grids: Tensor, query: QueryBatch, rows: Tensor) -> QueryBatch:
     """Queries asking for the input of `grids` (n, 30, 30), which stand for the outputs of `query`'s rows (n,)."""
-    inputs, outputs = query.input_grid[rows].cpu().numpy(), grids.cpu().numpy()
-    dihedral, colours, owner = query.dihedral.tolist(), query.colours.tolist(), query.owner.tolist()
+    parts = [query.input_grid.flatten(1)[rows], grids.flatten(1), query.colours[rows]]
+    parts += [query.dihedral[rows, None], query.owner[rows, None]]
+    # One copy to the host: each is a wait for a GPU.
+    numbers = np.split(torch.cat(parts, 1).cpu().numpy(), np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
     queries = []
-    for number, row in enumerate(rows.tolist()):
-        known = unpad_grid(inputs[number])
-        view = Augmentation(dihedral[row], tuple(colours[row]))
-        queries.append(Query(unpad_grid(outputs[number]), known, known.shape, None, view, owner[row]))
+    for given, predicted, colours, (dihedral,), (owner,) in zip(*numbers, strict=True):
+        known, view = unpad_grid(given.reshape(30, 30)), Augmentation(int(dihedral), tuple(colours.tolist()))
+        queries.append(Query(unpad_grid(predicted.reshape(30, 30)), known, known.shape, None, view, int(owner)))
     return collate_queries(queries).to(grids.device)
 
 

@@ -25,6 +25,7 @@ from arc.batches import (
     context_pairs,
     make_query,
     pad_ids,
+    reverse_query,
 )
 from arc.drawn import DrawnTasks, ManyPairs, Source
 from arc.evidence import EvidenceStore, NoEvidence, QueryEvidence, feedback_indices
@@ -179,7 +180,7 @@ class TrainBatch(TensorBundle):
     task: Tensor  # (G,) int64 task number
     query: QueryBatch  # B queries; owner says which of the G episodes
     feedback: list[QueryBatch]  # context pairs as queries, the true query's output in none of their evidence
-    first_view: Tensor  # (G,) int64 index of each episode's first view in `query`
+    way_back: QueryBatch  # G queries: each episode's first view, asked for its input
     keep: Tensor  # (G,) bool: the episode has its task's latent
     refined: Tensor  # (n,) int64 indices of the queries that are answered under the refined prompt too
     whole: int  # episodes of the batch that all processes make together; G for one alone
@@ -282,7 +283,7 @@ class EpisodeData(torch.utils.data.Dataset):
             task=torch.tensor(numbers),
             query=collate_queries([query for asked in views for query in asked]),
             feedback=collate_in_buckets(feedback, self.max_cells, self.together),
-            first_view=torch.tensor(first_view),
+            way_back=collate_queries([reverse_query(each[0]) for each in views]),
             keep=torch.tensor([keeps_latent(self.seed, epoch, episode.index) for episode in episodes]),
             refined=torch.tensor(refined),
             whole=len(batch),

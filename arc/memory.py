@@ -49,7 +49,6 @@ class MemoryBank(nn.Module):
             weights = (best.masked_fill(~found, -1e4) / 0.1).softmax(-1) * found
             return self.gate * torch.einsum("gn,gnkd->gkd", weights, self.values[place])
 
-    @torch.no_grad()
     def offer(self, key: Tensor, value: Tensor, task: int, accuracy: float, threshold: float, step: int) -> bool:
         """Store (key (E,), value (K, D)) of `task` if accuracy beats the threshold and the task's own entry.
 
@@ -57,29 +56,42 @@ class MemoryBank(nn.Module):
         gives up its least accurate, oldest entry, if that is no better. A prompt that is not finite is never stored: it
         would spread to other tasks. Returns whether it was stored.
         """
-        if not accuracy > threshold or not bool(torch.isfinite(value).all()):
-            return False
-        own = torch.nonzero(self.task == task).flatten()
-        free = torch.nonzero(self.task < 0).flatten()
-        if len(own):
-            place = int(own[0])
-        elif len(free):
-            place = int(free[0])
-        else:
-            worst = torch.nonzero(self.accuracy == self.accuracy.min()).flatten()
-            place = int(worst[self.stored_at[worst].argmin()])
-        if self.task[place] >= 0 and float(self.accuracy[place]) > accuracy:
-            return False
-        self.keys[place], self.values[place] = key.float(), value.float()
-        self.task[place], self.accuracy[place], self.stored_at[place] = task, accuracy, step
-        return True
+        tasks, accuracies = torch.tensor([task]), torch.tensor([accuracy], dtype=torch.float64)
+        return bool(self.offer_batch(key[None], value[None], tasks, accuracies, threshold, step))
 
+    @torch.no_grad()
     def offer_batch(
         self, keys: Tensor, values: Tensor, tasks: Tensor, accuracies: Tensor, threshold: float, step: int
     ) -> int:
-        """`offer` for each episode of a batch: keys (G, E), values (G, K, D), tasks (G,), accuracies (G,). Returns how
-        many were stored."""
+        """`offer` for each episode of a batch, in order: keys (G, E), values (G, K, D), tasks (G,), accuracies (G,).
+        Returns how many were stored. It waits for the device once, and once more if something beats the threshold."""
+        finite = torch.isfinite(values).flatten(1).all(1).to(tasks.device)
+        offered = list(zip(*torch.stack([tasks.double(), accuracies.double(), finite.double()]).tolist(), strict=True))
+        if not any(finite and accuracy > threshold for _, accuracy, finite in offered):
+            return 0
+        columns = torch.stack([self.task.double(), self.accuracy.double(), self.stored_at.double()]).cpu()
+        entering: dict[int, int] = {}  # place in the bank -> which of the offered
         stored = 0
-        for index, (task, accuracy) in enumerate(zip(tasks.tolist(), accuracies.tolist(), strict=True)):
-            stored += self.offer(keys[index].detach(), values[index].detach(), task, accuracy, threshold, step)
+        for number, (task, accuracy, finite) in enumerate(offered):
+            place = place_for(task, columns)
+            if finite and accuracy > threshold and not (columns[0, place] >= 0 and columns[1, place] > accuracy):
+                columns[:, place] = torch.tensor([task, accuracy, step], dtype=torch.float64)
+                entering[place] = number
+                stored += 1
+        places, chosen = list(entering), list(entering.values())
+        self.keys[places], self.values[places] = keys[chosen].float(), values[chosen].float()
+        for column, found in zip((self.task, self.accuracy, self.stored_at), columns, strict=True):
+            column.copy_(found)
         return stored
+
+
+def place_for(task: float, columns: Tensor) -> int:
+    """Where an entry of `task` goes in a bank with these columns, (3, capacity): task or -1, accuracy, when it was
+    stored. Its own place, a free one, or that of the least accurate entry, the oldest of those."""
+    owners, accuracy, stored_at = columns
+    if len(own := torch.nonzero(owners == task)):
+        return int(own[0])
+    if len(free := torch.nonzero(owners < 0)):
+        return int(free[0])
+    worst = torch.nonzero(accuracy == accuracy.min()).flatten()
+    return int(worst[stored_at[worst].argmin()])

@@ -138,7 +138,7 @@ def hugging_face(run: Run, batches: Sequence[Any]) -> float:
         trainer = Trainer(
             model=Joint(run),
             args=settings,
-            train_dataset=arrivals,  # type: ignore[arg-type]
+            train_dataset=arrivals,
             data_collator=lambda rows: {"batch": rows[0]},
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
         )

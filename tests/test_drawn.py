@@ -86,7 +86,9 @@ def test_a_batch_of_drawn_episodes(small_build: SmallBuild) -> None:
     run = small_build(*DRAWN)
     batch = train_batches(run, 1)[0]
     assert len(batch.query) == 6 and batch.query.owner.tolist() == [0, 0, 0, 1, 1, 1]
-    assert batch.first_view.tolist() == [0, 3] and batch.refined.tolist() == [0, 3]
+    assert batch.way_back.owner.tolist() == [0, 1] and batch.refined.tolist() == [0, 3]
+    assert torch.equal(batch.way_back.target_grid, batch.query.input_grid[[0, 3]])
+    assert torch.equal(batch.way_back.input_grid, batch.query.target_grid[[0, 3]])
     assert bool((batch.query.dihedral == 0).all()) and sum(map(len, batch.feedback)) == 2
     assert bool((batch.query.canvas >= batch.query.target_size).all()), "no room for an answer"
 
