@@ -11,14 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from arc.agent import AgentOutput
+from arc.augment import Augmentation
+from arc.batches import Query, QueryBatch, collate_queries
 from arc.efe import (
     TERMS,
     EfeWeights,
+    Pass,
+    Weights,
     ambiguity,
     combine,
     prompt_consistency,
     risk,
     size_loss,
+    terms,
     weighted_cross_entropy,
 )
 
@@ -77,6 +83,12 @@ def test_ambiguity_of_even_and_of_sure_cells() -> None:
     assert float(ambiguity(logits, torch.tensor([[1, IGNORED, IGNORED]]))) == pytest.approx(math.log(10))
     assert float(ambiguity(logits, torch.tensor([[IGNORED, 1, IGNORED]]))) == pytest.approx(0, abs=1e-6)
     assert float(ambiguity(logits, torch.tensor([[1, 1, IGNORED]]))) == pytest.approx(math.log(10) / 2)
+
+
+def test_black_cells_count_as_the_others_do() -> None:
+    logits = torch.stack((torch.zeros(10), torch.eye(10)[3] * 100))[None]
+    assert float(ambiguity(logits, torch.tensor([[0, IGNORED]]))) == pytest.approx(math.log(10))
+    assert float(ambiguity(logits, torch.tensor([[0, 1]]))) == pytest.approx(math.log(10) / 2)
 
 
 def sure_of_size(height: int, width: int, other: float = 0.0, strength: float = 50.0) -> torch.Tensor:
@@ -159,3 +171,37 @@ def test_the_total_is_the_weighted_sum(values: list[float], weights: list[float]
     assert list(found) == [*TERMS, "total"] and all(found[name] is terms[name] for name in TERMS)
     expected = sum(weight[n] * float(terms[n]) * (size_weight if n == "size" else 1) for n in TERMS)
     assert float(found["total"]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def a_query(target: list[list[int]]) -> Query:
+    grid = np.array(target, np.uint8)
+    return Query(grid, grid, grid.shape, None, Augmentation.IDENTITY, 0)
+
+
+def test_the_terms_are_means_over_the_passes_each_by_its_share() -> None:
+    """Of two predictions with two passes each; what `portion` is asked of is what the mean goes over."""
+    queries = collate_queries([a_query([[0, 1], [0, 0]]), a_query([[2]])])
+    asked = collate_queries([a_query([[0, 3]])])
+    generator = torch.Generator().manual_seed(0)
+
+    def output(batch: QueryBatch) -> AgentOutput:
+        shape = (*batch.target.shape, 10)
+        colours = [torch.randn(shape, generator=generator) for _ in range(2)]
+        return AgentOutput(colours, torch.randn(len(batch), 30, 30, generator=generator))
+
+    passes = [
+        Pass(queries, output(queries), Weights(torch.rand(2, 4, generator=generator), grid, torch.zeros(2)))
+        for grid in (torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.25]))
+    ]
+    back = output(asked)
+    found = terms(passes, asked, back, lambda count: torch.as_tensor(count) / 10)
+    wanted: dict[str, float] = dict.fromkeys(("risk", "ambiguity", "size"), 0.0)
+    for one in passes:
+        colours, target, weights = one.output.colour_logits, queries.target, one.weights
+        share = float(weights.grid.sum()) / 10
+        wanted["risk"] += float(risk(colours, target, weights.cell, weights.grid)) * share / 2
+        wanted["ambiguity"] += float(ambiguity(colours[-1], target)) * 5 / 10 / 2  # five cells, three of them black
+        wanted["size"] += float(size_loss(one.output.size_logits, queries.target_size)) * 2 / 10 / 2
+    ones = torch.ones(asked.target.shape)
+    wanted["reversibility"] = float(risk(back.colour_logits, asked.target, ones)) / 10
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(wanted, rel=1e-5)

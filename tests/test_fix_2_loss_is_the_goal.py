@@ -13,7 +13,14 @@ from torch import nn
 
 from arc.efe import TERMS
 from arc.episodes import TrainBatch
-from policy_refined import SoftPrediction, colour_histogram, expected_goal, expected_reward
+from policy_refined import (
+    Prediction,
+    SoftPrediction,
+    colour_histogram,
+    expected_goal,
+    expected_reward,
+    sampled_objective,
+)
 from trainloop_complete_with_fixes import Run, context_feedback, goal_oriented_loss, read_prompt
 
 REWARD_ALONE = [word for term in TERMS for word in (f"--w_{term}", "0")]
@@ -85,6 +92,24 @@ def test_the_score_function_moves_the_policy_and_nothing_else(small_build: Small
     observed = observe_gradients(small_build, *rloo)
     assert observed["policy"] > 1e-4 and observed["agent"] == observed["qwen"] == 0
     assert max(observe_gradients(small_build, *rloo, "--ablate", "2").values()) == 0
+
+
+def test_samples_do_not_count_in_the_scale_of_the_gradient(small_build: SmallBuild) -> None:
+    """The scale is an average over batches; every sample of a batch would have a part in it of its own."""
+    scales = []
+    for objective in ("expected", "rloo"):
+        run = small_build("--policy_objective", objective)
+        train_on(run, train_batches(run, 1))
+        scales.append(float(run.policy.gradient_square))
+        batch = train_batches(run, 2)[1]
+        prompt, _ = read_prompt(run, batch)
+        feedback = context_feedback(run.agent, batch.feedback, prompt)
+        assert feedback is not None
+        nothing = Prediction(batch.query.target_grid, batch.query.input_grid)
+        noise = torch.randn(2, len(prompt), run.policy.log_std.numel())
+        sampled_objective(run.policy, run.agent, batch.query, prompt, feedback, nothing, noise)
+        assert float(run.policy.gradient_square) == scales[-1]
+    assert scales[0] == scales[1] > 0
 
 
 @pytest.mark.parametrize("objective", ["expected", "rloo"])

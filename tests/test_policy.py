@@ -25,6 +25,7 @@ from policy_refined import (
     expected_goal,
     expected_reward,
     leave_one_out_advantages,
+    mean_per_owner,
     score_function_objective,
     size_agreement,
 )
@@ -266,6 +267,11 @@ def test_only_training_updates_the_scale_of_the_gradient() -> None:
     before = float(policy.gradient_square)
     policy.observe(spoiled)
     assert float(policy.gradient_square) == before
+
+
+def test_an_episode_has_the_mean_of_its_queries() -> None:
+    means = mean_per_owner(torch.tensor([1.0, 0.0, 0.5, 1.0]), torch.tensor([2, 0, 2, 2]), 4)
+    assert means.tolist() == pytest.approx([0, 0, 2.5 / 3, 0])
 
 
 # --------------------------------------------------------------------------------------------------------------------
