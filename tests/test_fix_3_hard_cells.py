@@ -60,6 +60,11 @@ def test_the_worked_example_pulls_four_and_a_half_times_as_hard(small_build: Sma
     assert pull(small_build, PREDICTED, "--hard_floor", "0", "--ablate", "3").tolist() == pytest.approx([1.0] * 9)
 
 
+def test_before_the_fix_black_cells_counted_as_the_others(small_build: SmallBuild) -> None:
+    output, query = example(PREDICTED, np.array([[0, 2, 3], [4, 0, 6], [7, 8, 0]], np.uint8))
+    assert bool((small_build("--ablate", "3").fixes.hard_cells(output, query, UNSOLVED).cell == 1).all())
+
+
 def test_by_default_wrong_cells_pull_harder_and_right_cells_still_pull(small_build: SmallBuild) -> None:
     observed = pull(small_build, PREDICTED)
     assert observed[WRONG].min() > 1.2 and 0.1 < observed[~WRONG].min() <= observed[~WRONG].max() < 1

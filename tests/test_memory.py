@@ -119,6 +119,18 @@ def test_what_a_task_reads_does_not_depend_on_its_own_entry(
     assert torch.allclose(read(own, key, reader), read(without, key, reader), atol=1e-5)
 
 
+def test_readers_of_a_batch_are_each_on_their_own() -> None:
+    """Two keys of different lengths, two neighbours: weights by hand, likeness over 0.1."""
+    bank = make_bank(8)
+    for task in (0, 1):
+        offer(bank, task, 0.5)
+    keys = torch.tensor([[1.0, 0.9, 0.0], [90.0, 100.0, 0.0]])
+    found = bank.read(keys, torch.tensor([98, 99])).detach() / bank.gate.detach()
+    for key, value in zip(keys, found, strict=True):
+        likeness = (key / key.norm())[:2] / 0.1
+        assert torch.allclose(value, likeness.softmax(0)[1].expand(K, D), atol=1e-5)  # entry 1's prompt is all ones
+
+
 def test_the_nearest_entries_are_read() -> None:
     bank = make_bank()
     for task in (0, 1, 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import errno
 import fcntl
 import hashlib
@@ -26,9 +27,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from arc.persistence import snapshot
+from arc.persistence import runs, snapshot
 from arc.persistence.files import FileSpec, read_safetensors
+from arc.persistence.folder import RunFolder
 from arc.persistence.lock import RunLock
+from arc.persistence.names import MAX_DEPTH
+from arc.persistence.runs import human
 from benchmarks.persistence import fail_at, fill, hooked, left_overs, make_frozen, make_state, quiet, same
 from model_persistence import ModelPersistence, PersistenceError, find_newest_run, main, setup_drive_backup
 
@@ -487,6 +491,16 @@ def test_the_newest_run_is_the_one_saved_last(tmp_path: Path) -> None:
     assert find_newest_run(str(tmp_path / "runs")) == tmp_path / "runs" / "z"
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_the_oldest(tmp_path: Path) -> None:
+    """It is not passed over in silence where there is no other; whoever resumes it is told what is wrong."""
+    fill(tmp_path / "damaged", 1)
+    for path in (tmp_path / "damaged").glob("*/manifest.json"):
+        path.write_text("{")
+    assert find_newest_run(tmp_path) == tmp_path / "damaged"
+    fill(tmp_path / "a", 1)
+    assert find_newest_run(tmp_path) == tmp_path / "a"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # errors of the background, locks
 # --------------------------------------------------------------------------------------------------------------------
@@ -547,6 +561,49 @@ def test_a_disk_that_is_too_small_for_five_is_told_beforehand(
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
         warning = persistence.space_warning(state, frozen)
         assert (warning is None) if advice is None else (warning is not None and advice in warning)
+
+
+def test_what_is_still_to_come_is_counted(persistence: ModelPersistence, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_state(1)
+    one = ModelPersistence.estimate_bytes(state)
+    for growth, fits in ((0, True), (one, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 8 * one))
+        assert (persistence.space_warning(state, growth=growth) is None) == fits
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 16 * one))
+    assert persistence.space_warning(state, growth=one) is None
+
+
+def test_each_metric_has_its_own_best(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(make_state(1), step=1, metrics={"accuracy_delta": math.nan, "val_accuracy": 0.5}, wait=True)
+        assert [path.name for path in sorted(run.glob("best-*"))] == ["best-val_accuracy"]
+        persistence.save(make_state(2), step=2, metrics={"accuracy_delta": 0.1, "val_accuracy": 0.25}, wait=True)
+    with ModelPersistence(run, read_only=True, log=quiet) as reader:
+        steps = {info.path.name: info.step for info in reader.inspect() if info.kind == "best"}
+    assert steps == {"best-accuracy_delta": 2, "best-val_accuracy": 1}
+
+
+def test_a_checkpoint_that_cannot_be_moved_in_leaves_the_one_before(run: Path) -> None:
+    folder = RunFolder(run, quiet)
+    (run / "there").mkdir(parents=True)
+    (run / "there" / "file").write_text("kept")
+    with pytest.raises(FileNotFoundError):
+        folder.move_in(run / "nowhere", run / "there")
+    assert os.listdir(run) == ["there"] and (run / "there" / "file").read_text() == "kept"
+
+
+def test_as_deep_as_a_state_may_be_it_comes_back(run: Path) -> None:
+    def nested(kind: type, depth: int) -> Any:
+        value: Any = 1
+        for _ in range(depth):
+            value = {"k": value} if kind is dict else kind([value])
+        return value
+
+    for kind in (list, tuple, dict):
+        deepest = nested(kind, MAX_DEPTH - 1)
+        assert same(round_trip(run / kind.__name__, deepest), deepest)
+        with pytest.raises(PersistenceError, match=f"nested deeper than {MAX_DEPTH} levels"):
+            round_trip(run / f"{kind.__name__}_deeper", nested(kind, MAX_DEPTH + 1))
 
 
 def test_after_close_nothing_is_saved(run: Path) -> None:
@@ -696,6 +753,46 @@ def test_inspect_lists_and_verify_judges(run: Path, capsys: pytest.CaptureFixtur
     assert "accuracy_delta=2" in lines[1] and " ok " in lines[1] and "FAILED" in lines[2]
 
 
+def test_what_inspect_prints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = int(time.time())
+    fill(run, 2)
+    (run / "step-000000002" / "manifest.json").unlink()
+    assert main(["inspect", str(run)]) == 0
+    header, best, first, second, why = capsys.readouterr().out.splitlines()
+    assert header == "checkpoint                    step       size  saved (UTC)          verified   metrics"
+    name, step, number, unit, day, hour, verified, *metrics = first.split()
+    assert (name, step, unit, verified, metrics) == ("step-000000001", "1", "kB", "ok", ["accuracy_delta=1"])
+    tensors = [path for path in (run / name).iterdir() if path.suffix == ".safetensors"]
+    assert float(number) == pytest.approx(sum(path.stat().st_size for path in tensors) / 1000, rel=0.25)
+    saved = calendar.timegm(time.strptime(f"{day} {hour}", "%Y-%m-%d %H:%M:%S"))
+    assert before <= saved <= time.time()
+    size = sum(path.stat().st_size for path in (run / "step-000000002").iterdir())
+    assert second.split() == ["step-000000002", "-", *human(size).split(), "-", "FAILED"]
+    assert "manifest.json" in why and why.startswith(" " * 25)
+
+
+def test_sizes_for_people() -> None:
+    sizes = (0, 999, 1000, 999_949, 2_500_000, 3e9, 4.5e12)
+    assert [human(size) for size in sizes] == ["0 B", "999 B", "1.0 kB", "999.9 kB", "2.5 MB", "3.0 GB", "4.5 TB"]
+
+
+def test_the_commands_describe_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in (
+        (["--help"], ["list checkpoints with step", "read every byte", "weights of the best model", "changes no run"]),
+        (["export", "--help"], ["RUN DEST", "--base DIR", "run folder, of runs/ or of a backup", "folder to create"]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        out = " ".join(capsys.readouterr().out.split())
+        assert caught.value.code == 0 and all(text in out for text in expected)
+
+
+def test_an_export_is_not_written_over_anything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(run, 1)
+    assert main(["export", str(run), str(run)]) == 2
+    assert capsys.readouterr().err == f"{run} exists: give a new folder\n"
+
+
 def test_commands_with_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
@@ -771,3 +868,12 @@ def test_on_colab_without_a_mounted_drive_it_says_so(
     assert setup_drive_backup("runs/x") is None
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "Google Drive is not mounted" in lines[0]
+
+
+def test_on_colab_a_mounted_drive_has_the_backups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = tmp_path / "MyDrive"
+    drive.mkdir()
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    monkeypatch.setattr(runs, "Path", lambda name: drive if str(name).startswith("/content/drive") else Path(name))
+    assert setup_drive_backup("runs/x") == str(drive / "arc_backups")
+    assert setup_drive_backup(drive / "runs" / "x") is None  # already there
