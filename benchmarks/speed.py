@@ -5,7 +5,9 @@
   taken in turn, several times;
 - bare: the same forward, backward and step on batches that are ready, with nothing around them: the floor;
 - matmul: floating-point operations a second of a large product in the dtype used, and the share that the floor reaches;
-- evidence: seconds a task, with nothing cached;
+- evidence: core-seconds a task with nothing cached, in each checkout;
+- validation: test pairs a second with four views, evidence cached, as the difference of two commands that validate on
+  few and on many tasks, in each checkout (arc only);
 - waits: reads of single numbers from the device (`aten::_local_scalar_dense`) and host copies in a training step: on a
   GPU each is a stall.
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,9 +39,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 
-from arc.datasets import load_dataset  # noqa: E402
 from arc.episodes import epoch_order  # noqa: E402
-from arc.evidence import EvidenceStore  # noqa: E402
 from arc.run.files import default_cache  # noqa: E402
 from arc.run.randomness import normal_noise  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
@@ -217,13 +218,81 @@ def waits_of(run: Run, batch: Any) -> Counter[str]:
     return waits.seen
 
 
-def evidence_seconds(tasks: int) -> float:
-    """Seconds of one core for a task's evidence."""
-    chosen = load_dataset("arcagi2").training[:: max(1, 1000 // tasks)][:tasks]
-    store, started = EvidenceStore(None), time.process_time()
-    for task in chosen:
-        store.get(task)
-    return (time.process_time() - started) / len(chosen)
+# Of both houses that this program has lived in: evidence was one module, then a package.
+EVIDENCE = """
+import sys, time
+try:
+    from arc.datasets import load_dataset
+except ImportError:
+    from arc.tasks import load_dataset
+from arc.evidence import EvidenceStore
+tasks = int(sys.argv[1])
+chosen = load_dataset("arcagi2").training[:: max(1, 1000 // tasks)][:tasks]
+store, started = EvidenceStore(None), time.process_time()
+for task in chosen:
+    store.get(task)
+print((time.process_time() - started) / len(chosen))
+"""
+
+
+def evidence_seconds(root: Path, tasks: int) -> float:
+    """Seconds of one core for a task's evidence, in the checkout `root`."""
+    command = [sys.executable, "-c", EVIDENCE, str(tasks)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"{root}: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout)
+
+
+def pairs_per_second(root: Path, flags: Sequence[str], cache: Path, tasks: tuple[int, int]) -> float:
+    """Test pairs predicted a second, in the checkout `root`."""
+    seconds, pairs = [], []
+    for limit in tasks:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "run")
+            command = [sys.executable, str(root / "trainloop_complete_with_fixes.py"), "--quiet", "--no_tensorboard"]
+            command += ["--cache_dir", str(cache), "--output_dir", str(folder), "--epochs", "1", "--max_batches", "1"]
+            command += ["--val_limit", str(limit), "--val_views", "4", *flags]
+            started = time.monotonic()
+            if code := subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL, check=False).returncode:
+                raise RunFailed(f"{root}: exit code {code}")
+            seconds.append(time.monotonic() - started)
+            rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            pairs.append(json.loads(rows[-1])["val.pairs"])
+    return (pairs[1] - pairs[0]) / (seconds[1] - seconds[0])
+
+
+def others(args: argparse.Namespace, extra: Sequence[str]) -> str:
+    """The table of evidence and validation."""
+    rows = []
+    roots = [ROOT, *args.against]
+    found: dict[Path, tuple[list[float], list[float]]] = {root: ([], []) for root in roots}
+    for root in roots:  # evidence of the pairs to be predicted is cached by then
+        pairs_per_second(root, extra, args.cache_dir, args.val_tasks)
+    for _ in range(args.repeats):
+        for root, (evidence, validation) in found.items():
+            evidence.append(evidence_seconds(root, args.evidence_tasks))
+            validation.append(pairs_per_second(root, extra, args.cache_dir, args.val_tasks))
+    own = [statistics.median(values) for values in found[ROOT]]
+    for root, (evidence, validation) in found.items():
+        rows.append(
+            [
+                "this checkout" if root == ROOT else root.name,
+                spread(evidence, "{:.3f}"),
+                f"{statistics.median(evidence) / own[0]:.2f}",
+                spread(validation, "{:.2f}"),
+                f"{statistics.median(validation) / own[1]:.2f}",
+            ]
+        )
+    header = [
+        "code",
+        "evidence, core-seconds a task",
+        "times this checkout",
+        "validated pairs/s",
+        "times this checkout's",
+    ]
+    return table(header, rows)
 
 
 def measure(name: str, args: argparse.Namespace, extra: Sequence[str]) -> str:
@@ -275,6 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=30, help="of a run (30)")
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES), help="all by default")
     parser.add_argument("--evidence_tasks", type=int, default=20, help="tasks to time the evidence on (20); 0: none")
+    parser.add_argument(
+        "--val_tasks", type=int, nargs=2, default=(4, 64), help="few and many tasks to validate on (4 64)"
+    )
     parser.add_argument("--cache_dir", type=Path, default=Path(default_cache()), help="evidence and tiny Qwen")
     args, extra = parse(parser, argv)
     if args.batches <= SKIPPED + 1 or args.repeats < 1:
@@ -282,9 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.against = [root.resolve() for root in args.against]
     print(f"## Speed\n\n- machine: {machine()}\n")
     if args.evidence_tasks:
-        print(f"- evidence: {evidence_seconds(args.evidence_tasks):.3f} core-seconds a task\n")
+        print(others(args, extra), flush=True)
     for name in args.regimes:
-        print(measure(name, args, extra))
+        print(measure(name, args, extra), flush=True)
     return 0
 
 

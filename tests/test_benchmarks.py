@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SMALL_FLAGS
 
-from benchmarks import fixes, learning, scaling_out, scratch, speed
+from benchmarks import fixes, frameworks, learning, scaling, scaling_out, scratch, speed
 from benchmarks.runs import Job, Result, RunFailed, Split, difference, split_scores, table, verdict
 from trainloop_complete_with_fixes import parse_arguments
 
@@ -229,6 +230,7 @@ def test_table() -> None:
 # benchmarks/scratch.py and benchmarks/speed.py
 # --------------------------------------------------------------------------------------------------------------------
 
+TINY = "--qwen tiny --agent_width 16 --agent_heads 1 --agent_blocks 1 --prompt_len 2 --prompt_dim 8 --threads 1".split()
 DRAWN = ("--families", "flip,crop", "--tasks", "1", "--pairs", "2", "--queries", "2", "--episodes", "8")
 
 
@@ -262,14 +264,43 @@ def test_scratch_turns_off_each_part() -> None:
 
 
 def test_speed(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--regimes", "drawn", "--repeats", "1", "--batches", "8", "--evidence_tasks", "1"]
+    flags = ["--regimes", "drawn", "--repeats", "1", "--batches", "8", "--evidence_tasks", "1", "--val_tasks", "1", "3"]
     assert speed.main([*flags, "--cache_dir", str(cache_dir), "--", *SMALL, *DRAWN, "--episodes", "40"]) == 0
     out = capsys.readouterr().out
-    (rows,) = tables(out)
+    others, rows = tables(out)
+    assert float(others["this checkout"]["evidence, core-seconds a task"].split()[0]) > 0
     assert float(rows["this checkout"]["queries/s"].split()[0]) > 0
     assert rows["this checkout"]["median against this checkout"] == "1.00"
     assert float(rows["this checkout"]["seconds to the first batch"].split()[0]) > 0
-    assert "bare loop" in out and "core-seconds a task" in out and "_local_scalar_dense" in out
+    assert "bare loop" in out and "_local_scalar_dense" in out
+
+
+def test_scaling(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--only", "batch", "tasks", "--repeats", "1", "--cache_dir", str(cache_dir), "--", *TINY]
+    assert scaling.main(flags) == 0
+    batch, tasks = tables(capsys.readouterr().out)
+    assert list(batch) == ["16", "32", "64", "128", "256", "exponent"] == [row["queries"] for row in batch.values()]
+    assert list(tasks)[:-1] == ["4", "16", "64", "256", "1,024"] and float(tasks["4"]["ms a step"]) > 0
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
+def test_an_exponent_is_the_slope_of_the_logarithms(power: float) -> None:
+    sizes = [2.0, 3.0, 50.0, 700.0]
+    assert scaling.exponent(sizes, [7 * size**power for size in sizes]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("loop", list(frameworks.LOOPS))
+def test_loops_of_frameworks(loop: str, cache_dir: Path, tmp_path: Path) -> None:
+    package = {"Hugging Face Trainer": "accelerate", "Lightning": "lightning"}.get(loop)
+    if package is not None:
+        pytest.importorskip(package)
+    run = speed.build([*SMALL, *DRAWN, "--data", "generated", "--quiet"], cache_dir, tmp_path)
+    batches = (speed.ready_batches(run, 4) * 8)[:8]
+    before = [parameter.detach().clone() for parameter in run.agent.parameters()]
+    with frameworks.quietly():
+        assert frameworks.LOOPS[loop](run, batches) > 0
+    run.log.close()
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.agent.parameters(), strict=True))
 
 
 def test_scaling_out(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
