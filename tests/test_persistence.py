@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,11 +29,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from arc.persistence import runs, snapshot
-from arc.persistence.files import FileSpec, read_safetensors
+from arc.persistence.files import FileSpec, memory_available, read_safetensors
 from arc.persistence.folder import RunFolder
 from arc.persistence.lock import RunLock
 from arc.persistence.names import MAX_DEPTH
 from arc.persistence.runs import human
+from arc.persistence.tree import dump_json
 from benchmarks.persistence import fail_at, fill, hooked, left_overs, make_frozen, make_state, quiet, same
 from model_persistence import ModelPersistence, PersistenceError, find_newest_run, main, setup_drive_backup
 
@@ -592,6 +594,51 @@ def test_a_checkpoint_that_cannot_be_moved_in_leaves_the_one_before(run: Path) -
     assert os.listdir(run) == ["there"] and (run / "there" / "file").read_text() == "kept"
 
 
+def test_a_log_that_cannot_be_written_fails_no_save(run: Path) -> None:
+    def closed(_: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with ModelPersistence(run, log=closed) as persistence:
+        persistence.save(make_state(1), step=1, wait=True)
+        assert persistence.load().step == 1
+
+
+def test_frozen_tensors_that_were_cut_short_are_written_again(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(make_state(1), step=1, frozen=make_frozen(), wait=True)
+        (blob,) = (run / "blobs").iterdir()
+        os.truncate(blob, 10)
+        persistence.save(make_state(2), step=2, frozen=make_frozen(), wait=True)
+        loaded = persistence.load()
+    assert loaded.step == 2 and same(dict(loaded.frozen), dict(make_frozen()))
+
+
+def test_two_views_of_one_array_come_back_as_one(run: Path) -> None:
+    numbers = np.arange(6)
+    found = round_trip(run, {"a": numbers, "b": numbers[:], "c": numbers.copy(), "d": numbers[::2], "e": numbers[:3]})
+    assert found["a"] is found["b"] and found["a"] is not found["c"]
+    assert found["d"].tolist() == [0, 2, 4] and found["e"].tolist() == [0, 1, 2]
+
+
+def test_manifests_are_compact_and_hold_finite_numbers() -> None:
+    assert dump_json({"a": [1, 2.5, "\u00e9"]}) == b'{"a":[1,2.5,"\\u00e9"]}'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        dump_json(math.nan)
+
+
+def test_memory_that_is_available() -> None:
+    found = memory_available()
+    assert found is not None and found == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_without_a_best_checkpoint_the_latest_is_taken(run: Path) -> None:
+    lines: list[str] = []
+    with ModelPersistence(run, log=lines.append) as persistence:
+        persistence.save(make_state(1), step=1, wait=True)
+        assert persistence.load("best").step == 1
+    assert "[Checkpoint] no best checkpoint yet: using the latest" in lines
+
+
 def test_as_deep_as_a_state_may_be_it_comes_back(run: Path) -> None:
     def nested(kind: type, depth: int) -> Any:
         value: Any = 1
@@ -771,6 +818,21 @@ def test_what_inspect_prints(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "manifest.json" in why and why.startswith(" " * 25)
 
 
+def test_inspect_knows_what_is_no_checkpoint_any_more(run: Path) -> None:
+    fill(run, 1)
+    for name in (".bad-step-000000003-1", ".tmp-step-000000004-1", ".old-best-accuracy_delta-1", "tensorboard"):
+        shutil.copytree(run / "step-000000001", run / name)
+    with ModelPersistence(run, read_only=True, log=quiet) as reader:
+        kinds = {info.path.name: info.kind for info in reader.inspect()}
+    assert kinds == {
+        "best-accuracy_delta": "best",
+        "step-000000001": "step",
+        ".bad-step-000000003-1": "quarantined",
+        ".tmp-step-000000004-1": "unfinished",
+        ".old-best-accuracy_delta-1": "unfinished",
+    }
+
+
 def test_sizes_for_people() -> None:
     sizes = (0, 999, 1000, 999_949, 2_500_000, 3e9, 4.5e12)
     assert [human(size) for size in sizes] == ["0 B", "999 B", "1.0 kB", "999.9 kB", "2.5 MB", "3.0 GB", "4.5 TB"]
@@ -797,12 +859,16 @@ def test_commands_with_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert main(["verify", str(tmp_path)]) == 1
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"{tmp_path} holds no checkpoint\n"
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "there is none yet" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path)]) == 2
-    with pytest.raises(SystemExit) as caught:
-        main(["delete", str(tmp_path)])
-    assert caught.value.code == 2
+    for words in (["delete", str(tmp_path)], []):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
     assert sorted(os.listdir(tmp_path)) == []
 
 
