@@ -304,8 +304,14 @@ def measure(name: str, args: argparse.Namespace, extra: Sequence[str]) -> str:
         run = build(flags, args.cache_dir, Path(scratch))
         batches = ready_batches(run, args.batches)
         for _ in range(args.repeats):
-            for root in roots:
-                found[root].append(run_command(root, flags, args.batches, args.cache_dir))
+            for root in list(found):
+                try:
+                    found[root].append(run_command(root, flags, args.batches, args.cache_dir))
+                except RunFailed as error:
+                    if root == ROOT:
+                        raise
+                    print(f"- left out: {error} (it may not know these flags)\n")
+                    del found[root]
             floor, operations = bare(run, batches)
             floors.append(floor)
             shares.append(operations / matmul_peak(run.precision.dtype or torch.float32, run.device))

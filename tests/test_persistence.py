@@ -661,11 +661,13 @@ def test_after_close_nothing_is_saved(run: Path) -> None:
         persistence.save(make_state(1), step=1)
 
 
-def test_a_second_writer_is_refused_until_the_first_has_ended(run: Path) -> None:
+def test_a_second_writer_is_refused_until_the_first_has_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ModelPersistence(run, log=quiet) as first:
         first.save(make_state(1), step=1, wait=True)
-        with pytest.raises(PersistenceError, match=rf"{run} is in use .*process {os.getpid()}"):
-            ModelPersistence(run, log=quiet)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", lambda _: pytest.fail("waits for a holder that lives"))
+            with pytest.raises(PersistenceError, match=rf"{run} is in use .*process {os.getpid()}"):
+                ModelPersistence(run, log=quiet)
         with ModelPersistence(run, read_only=True, log=quiet) as reader:
             assert reader.load().step == 1
         first.save(make_state(2), step=2, wait=True)
