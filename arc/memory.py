@@ -64,18 +64,19 @@ class MemoryBank(nn.Module):
         self, keys: Tensor, values: Tensor, tasks: Tensor, accuracies: Tensor, threshold: float, step: int
     ) -> int:
         """`offer` for each episode of a batch, in order: keys (G, E), values (G, K, D), tasks (G,), accuracies (G,).
-        Returns how many were stored. It waits for the device once, and once more if something beats the threshold."""
-        finite = torch.isfinite(values).flatten(1).all(1).to(tasks.device)
-        offered = list(zip(*torch.stack([tasks.double(), accuracies.double(), finite.double()]).tolist(), strict=True))
-        if not any(finite and accuracy > threshold for _, accuracy, finite in offered):
+        Returns how many were stored."""
+        # Judged on the host: on a GPU every look at a number is a wait, and mostly nothing is good enough to go on.
+        finite = torch.isfinite(values).flatten(1).all(1).to(accuracies.device)
+        offered = list(zip(tasks.tolist(), torch.where(finite, accuracies, torch.nan).tolist(), strict=True))
+        if not any(accuracy > threshold for _, accuracy in offered):
             return 0
-        columns = torch.stack([self.task.double(), self.accuracy.double(), self.stored_at.double()]).cpu()
+        owners, best, stored_at = columns = self.task.cpu(), self.accuracy.cpu(), self.stored_at.cpu()
         entering: dict[int, int] = {}  # place in the bank -> which of the offered
         stored = 0
-        for number, (task, accuracy, finite) in enumerate(offered):
-            place = place_for(task, columns)
-            if finite and accuracy > threshold and not (columns[0, place] >= 0 and columns[1, place] > accuracy):
-                columns[:, place] = torch.tensor([task, accuracy, step], dtype=torch.float64)
+        for number, (task, accuracy) in enumerate(offered):
+            place = place_for(task, *columns)
+            if accuracy > threshold and not (owners[place] >= 0 and best[place] > accuracy):
+                owners[place], best[place], stored_at[place] = task, accuracy, step
                 entering[place] = number
                 stored += 1
         places, chosen = list(entering), list(entering.values())
@@ -85,10 +86,9 @@ class MemoryBank(nn.Module):
         return stored
 
 
-def place_for(task: float, columns: Tensor) -> int:
-    """Where an entry of `task` goes in a bank with these columns, (3, capacity): task or -1, accuracy, when it was
-    stored. Its own place, a free one, or that of the least accurate entry, the oldest of those."""
-    owners, accuracy, stored_at = columns
+def place_for(task: int, owners: Tensor, accuracy: Tensor, stored_at: Tensor) -> int:
+    """Where an entry of `task` goes in a bank with these columns, (capacity,) each; owners is -1 where one is free: its
+    own place, a free one, or that of the least accurate entry, the oldest of those."""
     if len(own := torch.nonzero(owners == task)):
         return int(own[0])
     if len(free := torch.nonzero(owners < 0)):
