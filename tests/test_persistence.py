@@ -559,7 +559,8 @@ def test_a_disk_that_is_too_small_for_five_is_told_beforehand(
     state, frozen = make_state(1), make_frozen()
     one, once = ModelPersistence.estimate_bytes(state), ModelPersistence.estimate_bytes(state, frozen)
     blob = once - one
-    for free, advice in ((8 * one + blob, None), (7 * one + blob, "use --keep 4"), (3 * one, "free some space")):
+    few = (4 * one + blob, "use --keep 1")
+    for free, advice in ((8 * one + blob, None), (7 * one + blob, "use --keep 4"), few, (3 * one, "free some space")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
         warning = persistence.space_warning(state, frozen)
         assert (warning is None) if advice is None else (warning is not None and advice in warning)
@@ -849,6 +850,15 @@ def test_the_commands_describe_themselves(capsys: pytest.CaptureFixture[str]) ->
             main(words)
         out = " ".join(capsys.readouterr().out.split())
         assert caught.value.code == 0 and all(text in out for text in expected)
+
+
+def test_an_export_keeps_the_names_of_the_models(run: Path, tmp_path: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save({"model": {"Agent-2": {"w.Weight": torch.arange(3.0)}}}, step=1, wait=True)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["Agent-2"]
+    found = load_file(tmp_path / "out" / "Agent-2" / "model.safetensors")
+    assert found.keys() == {"w.Weight"} and torch.equal(found["w.Weight"], torch.arange(3.0))
 
 
 def test_an_export_is_not_written_over_anything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import model_persistence as mp
+from arc.persistence.manifest import scan
 from benchmarks.persistence import (
     _flip_bit,
     fill,
@@ -166,6 +168,37 @@ def test_what_does_not_fit_is_told_once_and_nothing_is_deleted_for_it(run: Path,
             idle(persistence)
     assert steps(drive / "a") == [1]
     assert [line for line in lines if "no room for step 2" in line] and not any("step 1 " in line for line in lines)
+
+
+def test_where_the_newest_does_not_fit_the_best_is_copied(run: Path, drive: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        save(persistence, 1, 0.5, width=100)
+        save(persistence, 2, 0.1, width=400)
+    room = 2 * ModelPersistence.estimate_bytes(make_state(1, 100), make_frozen())
+    assert room < ModelPersistence.estimate_bytes(make_state(2, 400), make_frozen())
+    lines: list[str] = []
+    with ModelPersistence(run, log=lines.append, backup_dir=drive, backup_quota_gb=room / 1e9) as persistence:
+        persistence.load()
+        idle(persistence)
+    assert steps(drive / "a") == [1]
+    (told,) = [line for line in lines if "no room" in line]
+    assert re.fullmatch(rf"\[Backup\] no room for step 2 \(0\.\d\d GB\) within {room / 1e9:g} GB: not backed up", told)
+
+
+def test_the_ledger_says_what_is_there(run: Path, drive: Path) -> None:
+    before = time.time()
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 1, 0.5)
+        idle(persistence)
+        (entry,) = scan(run)[0]
+    ledger = json.loads((drive / "a" / "ledger.json").read_text())
+    assert before <= ledger.pop("updated") <= time.time()
+    held = sum(
+        path.stat().st_size for path in (drive / "a").rglob("*") if path.is_file() and path.name != "ledger.json"
+    )
+    assert ledger.pop("bytes") == pytest.approx(held, rel=0.1)
+    known = {"sequence": entry.sequence, "bytes": entry.bytes, "manifest": entry.digest}
+    assert ledger == {"run": entry.run, "checkpoints": {"step-000000001": known}}
 
 
 def test_other_runs_count_towards_the_quota_by_their_ledgers(run: Path, drive: Path) -> None:
