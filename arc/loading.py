@@ -20,13 +20,10 @@ from arc.batches import TensorBundle
 from arc.episodes import Drawn, Episode
 from arc.evidence import EvidenceStore
 from arc.parallel import place
+from arc.run.interrupt import ENDINGS
 from arc.tasks import Task
 
 PATIENCE = 600.0  # seconds for one batch: evidence of a batch's tasks takes some; nothing here waits for ever
-
-
-# SIGHUP is not there on Windows
-ENDINGS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class WorkerLost(RuntimeError):
@@ -138,9 +135,11 @@ def leave_with_parent() -> None:
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
     """What the loader gives; WorkerLost, one line, where a worker cannot be started or was lost on the way."""
-    with starting(), endings_later():
-        batches = iter(loader)
-    DEATHS.adopt()
+    try:
+        with starting(), endings_later():
+            batches = iter(loader)
+    finally:
+        DEATHS.adopt()
     try:
         while True:
             with DEATHS.told():
@@ -209,6 +208,7 @@ class Deaths:
             self._waiting, self._death = False, None
 
     def forget(self) -> None:
+        """What was kept is of workers that were ended on purpose."""
         self._death = None
 
 
@@ -220,24 +220,10 @@ def end_workers(before: Sequence[Any]) -> None:
     which Python would end them at its exit and then wait for ever for one that does not answer."""
     known = {child.pid for child in before}
     ours = [child for child in multiprocessing.active_children() if child.pid not in known and child.daemon]
-    with deaf_to_children():
-        for child in ours:
-            child.kill()
-            child.join(5)
+    for child in ours:
+        child.kill()
+        child.join(5)
     DEATHS.forget()
-
-
-@contextlib.contextmanager
-def deaf_to_children() -> Iterator[None]:
-    """Inside, torch's handler of SIGCHLD does not raise that a worker has died: it is we who end it."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 class Unprepared:

@@ -109,13 +109,13 @@ class Trial:
             **(settings | options),  # type: ignore[call-overload]
         )
 
-    def end(self, process: subprocess.Popen[str]) -> Ended:
-        """Wait for it; no traceback, and nothing of it left."""
+    def end(self, process: subprocess.Popen[str], patience: float = PATIENCE) -> Ended:
+        """Wait for it, so many seconds at most; no traceback, and nothing of it left."""
         try:
-            out, err = process.communicate(timeout=PATIENCE)
+            out, err = process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise Broken(f"still there after {PATIENCE:.0f} s") from None
+            raise Broken(f"still there after {patience:.0f} s") from None
         if "Traceback" in (err or "") or "Exception ignored" in (err or ""):
             raise Broken(f"a traceback: {err.strip().splitlines()[-1][:200]}")
         deadline = time.monotonic() + 20  # a worker notices within seconds that its trainer was killed
@@ -291,13 +291,7 @@ def full_disk(trial: Trial, expected: str) -> None:
     try:
         trial.must(trial.run(), 0, 1, 2)
         subprocess.run(["mount", "-o", "remount,size=256m", trial.folder], check=True)
-        flags = ("--resume",) if trial.saved() else ()
-        if not flags:
-            for path in trial.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        trial.must(trial.run(*flags), 0)
-        if trial.weights() != expected:
-            raise Broken("other weights than a run without faults")
+        trial.finish(expected)
     finally:
         subprocess.run(["umount", trial.folder], check=True)
 

@@ -31,10 +31,9 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from arc.run.files import default_cache  # noqa: E402
-from arc.run.randomness import normal_noise  # noqa: E402
 from benchmarks.runs import machine, parse, spread, table  # noqa: E402
-from benchmarks.speed import REGIMES, SKIPPED, build, one_step, ready_batches  # noqa: E402
-from trainloop_complete_with_fixes import Run, train_epoch, train_step  # noqa: E402
+from benchmarks.speed import REGIMES, SKIPPED, build, forward_and_backward, one_step, ready_batches  # noqa: E402
+from trainloop_complete_with_fixes import Run, train_epoch  # noqa: E402
 
 
 class KeptLoss:
@@ -55,14 +54,12 @@ class Joint(nn.Module):
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({name: module for name, module in run.modules.items()})
+        self.parts = nn.ModuleDict(run.modules)
         self.kept = KeptLoss()
         self.run = dataclasses.replace(run, scaler=self.kept)  # type: ignore[arg-type]
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        run = self.run
-        shape = (run.args.policy_samples, len(batch.task), run.policy.log_std.numel())
-        train_step(run, batch, normal_noise(shape, 0, 0, 0).to(run.device), 1)
+        forward_and_backward(self.run, batch)
         return {"loss": self.kept.loss}
 
 

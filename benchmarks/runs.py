@@ -153,7 +153,7 @@ def run(job: Job, work: Path, cache: Path) -> Result:
 
 def summarize(folder: Path, *, command: str, seconds: float, prepared: int) -> Result:
     """The figures of a finished run, from its metrics.jsonl and train.log."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = rows_of(folder)
     batches, epochs = ([row for row in rows if key in row] for key in ("loss", "memory.updates"))
     lines = (folder / "train.log").read_text(encoding="utf-8").splitlines()
     return Result(
@@ -293,6 +293,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process; 0 where /proc does not tell."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+    except (OSError, ValueError):
+        pass
+    return 0.0
 
 
 def provenance(results: Iterable[Result]) -> str:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from benchmarks.runs import RunFailed, machine, parse, spread, table  # noqa: E402
+from benchmarks.runs import RunFailed, machine, parse, rows_of, spread, table  # noqa: E402
 from trainloop_complete_with_fixes import main as train  # noqa: E402
 
 DRAWN = ("--data", "generated", "--families", "basic", "--max_side", "6", "--no_evidence")
@@ -59,8 +59,7 @@ def run_command(processes: int, threads: int, flags: Sequence[str], batches: int
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), COUNTED: str(Path(scratch, "bytes.json"))}
         if subprocess.run([*command, *own], env=environment, stdout=subprocess.DEVNULL, check=False).returncode:
             raise RunFailed(f"{processes} processes: the command failed")
-        rows = [json.loads(line) for line in Path(scratch, "run", "metrics.jsonl").read_text("utf-8").splitlines()]
-        counted = [row for row in rows if "loss" in row][SKIPPED:]
+        counted = [row for row in rows_of(Path(scratch, "run")) if "loss" in row][SKIPPED:]
         seconds = sum(row["queries"] / row["samples_per_s"] for row in counted)
         sent = json.loads(Path(environment[COUNTED]).read_text("utf-8")) if processes > 1 else {}
         return sum(row["queries"] for row in counted) / seconds, {name: n / batches for name, n in sent.items()}

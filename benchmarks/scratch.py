@@ -15,7 +15,6 @@ curves.html beside it. Runs that are complete there are not repeated, so it can 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from benchmarks.runs import (  # noqa: E402
     percent,
     provenance,
     report,
+    rows_of,
     spread,
     table,
     verdict,
@@ -120,8 +120,7 @@ def figures(runs: Sequence[Result]) -> list[str]:
 
 def validations(work: Path, job: Job) -> list[dict[str, float]]:
     """The rows of a run's validations."""
-    lines = (work / job.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "val.pass1" in row]
+    return [row for row in rows_of(work / job.name) if "val.pass1" in row]
 
 
 def family_table(work: Path, results: Mapping[Job, Result], budgets: Sequence[int]) -> str:

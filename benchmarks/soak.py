@@ -1,20 +1,19 @@
 """Two hours of a session in small: thousands of batches, dozens of ends and resumes, and nothing that grows.
 
     python benchmarks/soak.py                        7,200 batches twice, about a quarter of an hour on two cores
-    python benchmarks/soak.py --batches 600 --ends 4
+    python benchmarks/soak.py --batches 2400 --ends 8   (fewer do not fill what is kept before they are judged)
 
 Two hours at a batch a second are 7,200 batches; a tiny model takes minutes for them. One run takes them at a stretch,
-another is killed or told to end (SIGKILL, SIGTERM, SIGINT) at random moments and resumed each time. Both keep a backup,
-write TensorBoard's events where that is installed, and have a memory bank at its bound. Held against each other and
-against themselves: resident memory, open files and bytes on the disks of the first half against the second, the rows of
-metrics.jsonl, the weights at the end. Prints markdown; the exit code is 1 where something grows, is missing or differs.
+another is killed or told to end (SIGKILL, SIGTERM, SIGINT) at random moments and resumed each time. Both keep a backup
+and have a memory bank at its bound. Held against each other and against themselves: resident memory, open files and
+bytes on the disks of the second quarter against the last, the rows of metrics.jsonl, the weights at the end. Prints
+markdown; the exit code is 1 where something grows, is missing or differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -30,9 +29,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.faults import Broken, Ended, Trial  # noqa: E402
-from benchmarks.runs import machine, table  # noqa: E402
+from benchmarks.faults import Ended, Trial  # noqa: E402
+from benchmarks.runs import machine, resident_mib, rows_of, table  # noqa: E402
 
+PATIENCE = 7200.0  # seconds for any command here
 EPOCH = 300  # batches of an epoch, of two episodes each; a validation after it
 RECORDS = ("metrics.jsonl", "train.log", "tensorboard", "report.html")  # these grow by a row a batch
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -68,13 +68,12 @@ class Watch(threading.Thread):
         self.samples: list[Sample] = []
 
     def run(self) -> None:
-        own, page = Path(f"/proc/{self.process.pid}"), os.sysconf("SC_PAGE_SIZE")
         while self.process.poll() is None:
             with contextlib.suppress(OSError):
-                memory = int((own / "statm").read_text().split()[1]) * page / 2**20
+                files = len(os.listdir(f"/proc/{self.process.pid}/fd"))
                 disk = (held(self.run_folder) + held(self.backup)) / 2**20
                 checkpoints = sum(1 for _ in self.run_folder.glob("step-*"))
-                self.samples.append(Sample(memory, len(os.listdir(own / "fd")), disk, checkpoints))
+                self.samples.append(Sample(resident_mib(self.process.pid), files, disk, checkpoints))
             time.sleep(0.5)
 
 
@@ -97,12 +96,10 @@ class Soak:
         return process, watch
 
     def end(self, process: subprocess.Popen[str], watch: Watch) -> Ended:
-        out, err = process.communicate()
+        ended = self.trial.end(process, patience=PATIENCE)
         watch.join()
         self.samples += watch.samples
-        if "Traceback" in err or "Exception ignored" in err:
-            raise Broken(f"a traceback: {err.strip().splitlines()[-1][:200]}")
-        return Ended(process.returncode, out or "", err)
+        return ended
 
     def at_a_stretch(self) -> None:
         self.trial.must(self.end(*self.start()), 0)
@@ -128,16 +125,6 @@ class Soak:
     def written(self) -> int:
         path = self.trial.folder / "metrics.jsonl"
         return path.stat().st_mtime_ns if path.is_file() else 0
-
-    def rows(self) -> list[dict[str, float]]:
-        """The rows of training batches."""
-        lines = (self.trial.folder / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if "loss" in row]
-
-    def bank(self) -> tuple[int, int]:
-        """Entries of the memory bank at the end, and what was stored in all."""
-        last = json.loads((self.trial.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        return last["memory.size"], last["memory.updates"]
 
 
 def grown(samples: Sequence[Sample], what: str) -> tuple[float, float]:
@@ -167,11 +154,13 @@ def judged(name: str, soak: Soak, straight: Soak) -> tuple[list[list[str]], list
     rows.append([f"{name}: most checkpoints at a time", str(most)])
     if most > 8:  # five kept, one being written, and what is about to go
         wrong.append(f"{name}: {most} checkpoints at a time")
-    steps = [int(row["step"]) for row in soak.rows()]
+    metrics = rows_of(soak.trial.folder)
+    steps = [row["step"] for row in metrics if "loss" in row]
     rows.append([f"{name}: rows of training", f"{len(steps)}, of steps {steps[0]} to {steps[-1]}"])
     if steps != list(range(1, soak.epochs * EPOCH + 1)):
         wrong.append(f"{name}: its rows are not one a batch, in order")
-    rows.append([f"{name}: entries of the bank, stored in all", "{}, {}".format(*soak.bank())])
+    bank = (str(metrics[-1][f"memory.{what}"]) for what in ("size", "updates"))
+    rows.append([f"{name}: entries of the bank, stored in all", ", ".join(bank)])
     if soak.trial.weights() != straight.trial.weights():
         wrong.append(f"{name}: other weights at the end")
     return rows, wrong

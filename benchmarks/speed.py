@@ -13,13 +13,13 @@
 
     python benchmarks/speed.py [--against ../before] [--repeats 3] [--batches 30] [--regimes arc drawn] [-- FLAGS]
 
-Prints markdown: medians over the repeats, and ratios to this checkout within the same run.
+Prints markdown: means over the repeats [smallest, largest], and ratios of medians to this checkout's within the same
+run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -42,8 +42,9 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from arc.episodes import epoch_order  # noqa: E402
 from arc.run.files import default_cache  # noqa: E402
 from arc.run.randomness import normal_noise  # noqa: E402
+from arc.run.records import Step  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
-from benchmarks.runs import ROOT, RunFailed, machine, parse, spread, table  # noqa: E402
+from benchmarks.runs import ROOT, RunFailed, machine, parse, resident_mib, rows_of, spread, table  # noqa: E402
 from trainloop_complete_with_fixes import (  # noqa: E402
     Run,
     build_run,
@@ -69,13 +70,19 @@ class Command:
     peak_mib: float
 
 
+def words(root: Path, folder: Path, cache: Path, batches: int, *flags: str) -> list[str]:
+    """The command of the checkout `root`: one epoch of so many batches."""
+    own = ["--quiet", "--no_tensorboard", "--cache_dir", str(cache), "--output_dir", str(folder)]
+    own += ["--epochs", "1", "--max_batches", str(batches)]
+    return [sys.executable, str(root / "trainloop_complete_with_fixes.py"), *own, *flags]
+
+
 def run_command(root: Path, flags: Sequence[str], batches: int, cache: Path) -> Command:
     """The command in the checkout `root`, for `batches` batches. RunFailed if it fails; stderr says why."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
-        command = [sys.executable, str(root / "trainloop_complete_with_fixes.py"), "--quiet", "--no_tensorboard"]
-        command += ["--cache_dir", str(cache), "--output_dir", str(folder), "--epochs", "1", "--val_every", "0"]
-        command += ["--max_batches", str(batches), "--log_every", "1", "--val_limit", "2", "--val_views", "1", *flags]
+        command = words(root, folder, cache, batches, "--val_every", "0", "--log_every", "1")
+        command += ["--val_limit", "2", "--val_views", "1", *flags]
         started, first, peak = time.monotonic(), 0.0, 0.0
         with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
@@ -85,8 +92,7 @@ def run_command(root: Path, flags: Sequence[str], batches: int, cache: Path) -> 
                 time.sleep(0.02)
             if process.returncode:
                 raise RunFailed(f"{root}: exit code {process.returncode}")
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        counted = [row for row in rows if "loss" in row][SKIPPED:]
+        counted = [row for row in rows_of(folder) if "loss" in row][SKIPPED:]
         seconds = sum(row["queries"] / row["samples_per_s"] for row in counted)
         return Command(sum(row["queries"] for row in counted) / seconds, first, peak)
 
@@ -94,17 +100,6 @@ def run_command(root: Path, flags: Sequence[str], batches: int, cache: Path) -> 
 def has_rows(folder: Path) -> bool:
     path = folder / "metrics.jsonl"
     return path.is_file() and path.stat().st_size > 0
-
-
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process; 0 where /proc does not tell."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
-    except (OSError, ValueError):
-        pass
-    return 0.0
 
 
 def build(flags: Sequence[str], cache: Path, scratch: Path) -> Run:
@@ -121,11 +116,15 @@ def ready_batches(run: Run, count: int) -> list[Any]:
     return [data[0, episodes].to(run.device) for episodes in order[:count]]
 
 
+def forward_and_backward(run: Run, batch: Any) -> Step:
+    """The training step, with noise that is always the same."""
+    shape = (run.args.policy_samples, len(batch.task), run.policy.log_std.numel())
+    return train_step(run, batch, normal_noise(shape, 0, 0, 0).to(run.device), 1)
+
+
 def one_step(run: Run, batch: Any) -> None:
     """Forward, backward and step: what a batch cannot do without."""
-    shape = (run.args.policy_samples, len(batch.task), run.policy.log_std.numel())
-    step = train_step(run, batch, normal_noise(shape, 0, 0, 0).to(run.device), 1)
-    update(run, [step], 1000)
+    update(run, [forward_and_backward(run, batch)], 1000)
 
 
 class Operations(TorchDispatchMode):
@@ -251,15 +250,12 @@ def pairs_per_second(root: Path, flags: Sequence[str], cache: Path, tasks: tuple
     for limit in tasks:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, "run")
-            command = [sys.executable, str(root / "trainloop_complete_with_fixes.py"), "--quiet", "--no_tensorboard"]
-            command += ["--cache_dir", str(cache), "--output_dir", str(folder), "--epochs", "1", "--max_batches", "1"]
-            command += ["--val_limit", str(limit), "--val_views", "4", *flags]
+            command = words(root, folder, cache, 1, "--val_limit", str(limit), "--val_views", "4", *flags)
             started = time.monotonic()
             if code := subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL, check=False).returncode:
                 raise RunFailed(f"{root}: exit code {code}")
             seconds.append(time.monotonic() - started)
-            rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            pairs.append(json.loads(rows[-1])["val.pairs"])
+            pairs.append(rows_of(folder)[-1]["val.pairs"])
     return (pairs[1] - pairs[0]) / (seconds[1] - seconds[0])
 
 

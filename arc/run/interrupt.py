@@ -7,6 +7,9 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# SIGHUP is not there on Windows
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 class Interrupted(Exception):
     """SIGINT, SIGTERM or SIGHUP arrived; args[0] is the signal's number."""
@@ -30,9 +33,7 @@ class StopSignal:
     def listening(self) -> Iterator[None]:
         """Inside, SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup) are handled here; afterwards as
         before. Outside the main thread, as in some notebook front ends, the caller's handling stays."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
+        numbers = [n for n in ENDINGS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
         previous: dict[int, Any] = {}
         try:
             with contextlib.suppress(ValueError):  # not in the main thread
