@@ -211,7 +211,7 @@ def machine() -> str:
 def code_digest() -> str:
     """Digest of the product's source, so that a table made from several versions of it can say so."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "arc").glob("*.*")]):
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "arc").rglob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -15,9 +15,11 @@ curves.html beside it. Runs that are complete there are not repeated, so it can 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -47,6 +49,16 @@ MEASURES: dict[str, Measure] = {
     "known, cells": lambda result: result.splits["seed"].agent_cells,
     "known, sizes": lambda result: result.splits["seed"].agent_sizes,
     "training queries solved": lambda result: result.solved,
+}
+Rows = Sequence[Mapping[str, Any]]
+# What a fix is about by its own text, and when: (name, key in metrics.jsonl, part of the run, how much of it is good).
+ABOUT: dict[str, tuple[str, str, tuple[float, float], int]] = {
+    "ablate_2": ("Reward, last quarter", "reward", (0.75, 1.0), 1),
+    "ablate_3": ("share of wrong cells, last quarter", "mask_ratio", (0.75, 1.0), -1),
+    "ablate_4": ("loss of the sizes in nats, first quarter", "efe.size", (0.0, 0.25), -1),
+    "ablate_5": ("entries of the memory after the first epoch", "memory.size", (0.0, 0.25), 1),
+    "ablate_6": ("Reward, last quarter", "reward", (0.75, 1.0), 1),
+    "ablate_7": ("queries a second", "samples_per_s", (0.1, 1.0), 1),
 }
 
 
@@ -86,6 +98,8 @@ def make_text(results: Mapping[Job, Result], args: argparse.Namespace, command: 
             "Full program − variant with the same seed and the same episodes, in points: mean ± standard error over "
             "seeds [smallest, largest].\n",
             worth_table(results),
+            "What a fix is about by its own text: means over seeds, and with how many of them it is better.\n",
+            about_table(args.work, results),
             "The runs themselves:\n",
             absolute_table(results),
         ]
@@ -159,6 +173,29 @@ def worth_table(results: Mapping[Job, Result]) -> str:
             shown = [difference(values) for values in differences.values()]
             rows.append([MEANING[variant], str(len(known)), *shown, verdict(known)])
     return table(["part", "seeds", *MEASURES, "effect on known tasks"], rows)
+
+
+def about_table(work: Path, results: Mapping[Job, Result]) -> str:
+    rows = []
+    for variant, (name, key, part, sign) in ABOUT.items():
+        figures = {
+            job: mean_over(rows_of(work / job.name), key, part) for job in results if job.label in (FULL, variant)
+        }
+        with_it, without = (
+            {job.seed: n for job, n in figures.items() if job.label == label} for label in (FULL, variant)
+        )
+        if seeds := sorted(with_it.keys() & without.keys()):
+            better = sum(sign * (with_it[seed] - without[seed]) > 0 for seed in seeds)
+            shown = [spread([each[seed] for seed in seeds], "{:.4g}") for each in (with_it, without)]
+            rows.append([MEANING[variant], name, *shown, f"{better} of {len(seeds)}"])
+    return table(["part", "measure", "with it", "without", "better with it"], rows)
+
+
+def mean_over(rows: Rows, key: str, part: tuple[float, float]) -> float:
+    """Mean of `key` over a part of the rows that have it, from and to these shares of them; one row at least."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    first = int(part[0] * len(values))
+    return statistics.fmean(values[first : max(first + 1, int(part[1] * len(values)))])
 
 
 def absolute_table(results: Mapping[Job, Result]) -> str:

@@ -237,20 +237,30 @@ DRAWN = ("--families", "flip,crop", "--tasks", "1", "--pairs", "2", "--queries",
 def test_scratch(cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
     flags = ["--work", str(work), "--budgets", "6", "--steps", "2", "--epochs", "2", "--seeds", "0", "--parallel", "2"]
-    flags += ["--only", "no_policy", "--cache_dir", str(cache_dir), "--", *SMALL, *DRAWN]
+    flags += ["--only", "no_policy", "ablate_4", "--cache_dir", str(cache_dir), "--", *SMALL, *DRAWN]
     assert scratch.main(flags) == 0
     out, _ = capsys.readouterr()
     assert (work / "table.md").read_text() == out and "caution" not in out
-    budgets, families, worth, runs = tables(out)
-    assert list(budgets) == ["6 s"] and list(runs) == ["full", "no_policy"]
+    budgets, families, worth, about, runs = tables(out)
+    assert list(budgets) == ["6 s"] and list(runs) == ["full", "ablate_4", "no_policy"]
+    assert list(about) == [scratch.MEANING["ablate_4"]]  # the same batch first: the loss of its sizes is the same
+    fix = about[scratch.MEANING["ablate_4"]]
+    assert fix["with it"] == fix["without"] and float(fix["with it"]) > 0 and fix["better with it"] == "0 of 1"
     assert set(families) == {"flip", "crop"} and all(" / " in row["6 s"] for row in families.values())
-    assert list(worth) == [scratch.MEANING["no_policy"]]
+    assert list(worth) == [scratch.MEANING["ablate_4"], scratch.MEANING["no_policy"]]
     assert runs["no_policy"]["delta known"].startswith("+0.0000")
     page = (work / "curves.html").read_text(encoding="utf-8")
     assert "<svg" in page and "unseen" in page and "http://" not in page.replace("http://www.w3.org", "")
     before = results(work)
-    assert len(before) == 3
+    assert len(before) == 4
     assert scratch.main(flags) == 0 and capsys.readouterr().out == out and results(work) == before
+
+
+def test_what_a_fix_is_about_is_looked_for_where_it_acts() -> None:
+    rows: list[dict[str, float | None]] = [{"epoch": 0}, *({"x": value} for value in (8.0, None, 4.0, 2.0, 1.0))]
+    assert scratch.mean_over(rows, "x", (0.0, 0.25)) == 8.0 and scratch.mean_over(rows, "x", (0.5, 1.0)) == 1.5
+    assert scratch.mean_over(rows[:2], "x", (0.75, 1.0)) == 8.0  # of a single row
+    assert scratch.ABOUT.keys() <= scratch.PARTS.keys()
 
 
 def test_scratch_turns_off_each_part() -> None:
