@@ -46,7 +46,7 @@ from arc.generate import GENERATED, KNOWN, MIN_SIDE, family_list
 from arc.latent import TaskLatent, saved_latents
 from arc.loading import EpochSampler, Unprepared, WorkerLost, batches_of, end_workers, make_loader, worker_count
 from arc.lora import Adapter, saved_base
-from arc.memory import MemoryBank
+from arc.memory import MemoryBank, Offers
 from arc.opening import opening_lines, resumed_lines, summary_title
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, window_size
 from arc.parallel import PeerLost, Team, join, one_voice, share_of
@@ -74,7 +74,7 @@ from arc.run.flags import (
 from arc.run.folder import open_run_folder, usable
 from arc.run.interrupt import Interrupted, StopSignal
 from arc.run.randomness import normal_noise, restore_rng, rng_state, seed_everything
-from arc.run.records import Records, RedFlag, Step, TrainState, read_steps, summary_lines
+from arc.run.records import Records, RedFlag, TrainState, summary_lines
 from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
@@ -88,6 +88,7 @@ from arc.splits import (
     split_list,
     splits_by_content,
 )
+from arc.steps import Step, read_steps
 from arc.tasks import DataSet, Task
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError, find_newest_run, newest_checkpoint
 from policy_refined import (
@@ -699,10 +700,7 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
     right = exact_match(first.predicted_grid(batch.query), batch.query.target_grid)
     right[batch.refined] = exact_match(hard_after.grid, query.target_grid)
     solved = mean_per_owner(right, batch.query.owner, len(batch.task))  # graded: a share of an episode's queries
-    threshold, stored = fixes.threshold.get_threshold(), 0
-    if not run.args.no_memory:
-        keys, values, shares = team.gather(key.detach()), prompts[1].detach(), team.gather(solved)
-        stored = run.memory.offer_batch(keys, values, tasks, shares, threshold, run.state.step)  # FIX 5
+    offers = None if run.args.no_memory else Offers.of(team.gather(key), prompts[1], tasks, team.gather(solved))
     measured = {
         "loss": loss,
         **{f"efe.{name}": value for name, value in efe.items()},
@@ -714,9 +712,8 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
         "vote_solved": team.mean(mean_per_owner(voted, batch.query.owner, len(batch.task))),
         "prompt_spread": team.once(prompt_spread(prompts[0], team.gather(context_codes(batch.context_ids)))),
     }
-    counted = {"stored": stored if team.is_first else 0, "queries": team.count(len(batch.query))}
-    counted["offers"] = 0 if run.args.no_memory else team.count(len(batch.task))
-    return Step({name: value.detach().float() for name, value in measured.items()}, counted)
+    counted = {"queries": team.count(len(batch.query)), "offers": team.count(len(batch.task)) if offers else 0}
+    return Step({name: value.detach().float() for name, value in measured.items()}, counted, offers)
 
 
 def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, Tensor]:
@@ -751,7 +748,7 @@ def reward_with_gradient(
 
 def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]]:
     """The optimizer step for the batches that were added up; returns their rows, complete. `batches` an epoch."""
-    state, fixes = run.state, run.fixes
+    state, fixes, threshold = run.state, run.fixes, run.fixes.threshold.get_threshold()
     # Of its batches, or of its time budget, if that is further.
     over = max(state.step / max(1, run.args.epochs * batches), run.team.first(run.budget.share(state.step)))
     rates = run.optimizer.set_rates(learning_rate_factor(state.updates + state.skipped_steps, over))
@@ -759,7 +756,10 @@ def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]
     run.optimizer.unscale_(run.scaler)  # FIX 7: gradients in their own units again ...
     monitored = fixes.monitor.check_gradients(run.qwen, "Qwen")  # FIX 1: ... measured before clipping ...
     norms = fixes.guard.clip(run.optimizer)  # FIX 7: ... every group clipped
-    rows, found = read_steps(steps, {"qwen_grad": torch.as_tensor(monitored["norm"]), **norms})
+    rows, found, offered = read_steps(steps, {"qwen_grad": torch.as_tensor(monitored["norm"]), **norms})
+    for step, row, numbers in zip(steps, rows, offered, strict=True):
+        stored = run.memory.take(step.offers, numbers, threshold, state.step) if step.offers else 0  # FIX 5
+        row["stored"] = stored if run.team.is_first else 0
     finite = fixes.guard.allows(found[name] for name in norms)
     state.updates += run.optimizer.step(run.scaler, finite=finite)
     state.skipped_steps += not finite

@@ -110,9 +110,8 @@ def there_and_back(
     """
     grids = [output.predicted_grid(query) for output in outputs]
     reversed_grids = [torch.full_like(grids[0], -1) for _ in grids]
-    changed = torch.nonzero((grids[0] != grids[1]).flatten(1).any(1)).flatten()
-    if len(changed):
-        asked = reverse_queries(torch.cat([grid[changed] for grid in grids]), query, changed.repeat(len(grids)))
+    changed, asked = reverse_queries(grids, query)
+    if asked is not None:
         # One pass for both, the second half under the second prompts.
         asked.owner[len(changed) :] += len(prompts[0])
         found = agent(asked, torch.cat(list(prompts)), reverse=True).predicted_grid(asked, size=asked.out_size)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arc.augment import Augmentation
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, augment_evidence, feedback_indices
+from arc.run.host import to_host
 from arc.tasks import MAX_SIDE, Grid, Task
 
 OUTSIDE = 10  # the "colour" of a canvas cell that is not part of the input grid
@@ -237,17 +238,23 @@ def reverse_query(query: Query) -> Query:
     return Query(query.target, query.grid, query.grid.shape, None, query.augmentation, query.owner)
 
 
-def reverse_queries(grids: Tensor, query: QueryBatch, rows: Tensor) -> QueryBatch:
-    """Queries asking for the input of `grids` (n, 30, 30), which stand for the outputs of `query`'s rows (n,)."""
-    parts = [query.input_grid.flatten(1)[rows], grids.flatten(1), query.colours[rows]]
-    parts += [query.dihedral[rows, None], query.owner[rows, None]]
-    # One copy to the host: each is a wait for a GPU.
-    numbers = np.split(torch.cat(parts, 1).cpu().numpy(), np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
-    queries = []
-    for given, predicted, colours, (dihedral,), (owner,) in zip(*numbers, strict=True):
-        known, view = unpad_grid(given.reshape(30, 30)), Augmentation(int(dihedral), tuple(colours.tolist()))
-        queries.append(Query(unpad_grid(predicted.reshape(30, 30)), known, known.shape, None, view, int(owner)))
-    return collate_queries(queries).to(grids.device)
+def reverse_queries(grids: Sequence[Tensor], query: QueryBatch) -> tuple[list[int], QueryBatch | None]:
+    """Queries asking for the inputs of `grids`, predictions (B, 30, 30) for the rows of `query`, where they differ:
+    those rows, and one batch with all of the first grids, then all of the second, ...; None if they are nowhere
+    different."""
+    small = [grid.to(torch.int8) for grid in (query.input_grid, *grids)]
+    known, *predicted, colours, dihedral, owner = (
+        tensor.numpy() for tensor in to_host([*small, query.colours, query.dihedral, query.owner])
+    )
+    rows = [row for row in range(len(query)) if any((grid[row] != predicted[0][row]).any() for grid in predicted[1:])]
+    views = [Augmentation(int(dihedral[row]), tuple(colours[row].tolist())) for row in rows]
+    inputs = [unpad_grid(known[row]) for row in rows]
+    queries = [
+        Query(unpad_grid(grid[row]), given, given.shape, None, view, int(owner[row]))
+        for grid in predicted
+        for row, given, view in zip(rows, inputs, views, strict=True)
+    ]
+    return rows, collate_queries(queries).to(grids[0].device) if queries else None
 
 
 def collate_in_buckets(queries: Sequence[Query], max_cells: float = math.inf, together: int = 0) -> list[QueryBatch]:

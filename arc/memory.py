@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from arc.run.host import to_host
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What a batch's G episodes offer to the bank, still on the device: keys (G, E), values (G, K, D), tasks (G,) and
+    accuracies (G,), NaN where a value is not finite."""
+
+    keys: Tensor
+    values: Tensor
+    tasks: Tensor
+    accuracies: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, tasks: Tensor, accuracies: Tensor) -> Offers:
+        finite = torch.isfinite(values).flatten(1).all(1)
+        return cls(keys.detach(), values.detach(), tasks, torch.where(finite, accuracies, torch.nan))
 
 
 class MemoryBank(nn.Module):
@@ -30,9 +51,21 @@ class MemoryBank(nn.Module):
         self.task: Tensor
         self.accuracy: Tensor
         self.stored_at: Tensor
+        self._known: list[Tensor] = []
+        self.register_load_state_dict_post_hook(lambda bank, _: bank.forget())
 
     def __len__(self) -> int:
-        return int((self.task >= 0).sum())
+        return int((self._columns()[0] >= 0).sum())
+
+    def forget(self) -> None:
+        """Look at the columns again: they were loaded."""
+        self._known = []
+
+    def _columns(self) -> list[Tensor]:
+        """task, accuracy and stored_at in the host's memory, where offers are judged: on a GPU every look at a number
+        is a wait."""
+        self._known = self._known or to_host([self.task, self.accuracy, self.stored_at])
+        return self._known
 
     def read(self, key: Tensor, task: Tensor) -> Tensor:
         """What is remembered for embeddings key (G, E) of tasks (G,): (G, K, D), zero while the bank is empty.
@@ -57,30 +90,29 @@ class MemoryBank(nn.Module):
         would spread to other tasks. Returns whether it was stored.
         """
         tasks, accuracies = torch.tensor([task]), torch.tensor([accuracy], dtype=torch.float64)
-        return bool(self.offer_batch(key[None], value[None], tasks, accuracies, threshold, step))
+        offers = Offers.of(key[None], value[None], tasks.to(key.device), accuracies.to(key.device))
+        return bool(self.take(offers, (tasks, offers.accuracies.cpu()), threshold, step))
 
     @torch.no_grad()
-    def offer_batch(
-        self, keys: Tensor, values: Tensor, tasks: Tensor, accuracies: Tensor, threshold: float, step: int
-    ) -> int:
-        """`offer` for each episode of a batch, in order: keys (G, E), values (G, K, D), tasks (G,), accuracies (G,).
-        Returns how many were stored."""
-        # Judged on the host: on a GPU every look at a number is a wait, and mostly nothing is good enough to go on.
-        finite = torch.isfinite(values).flatten(1).all(1).to(accuracies.device)
-        offered = list(zip(tasks.tolist(), torch.where(finite, accuracies, torch.nan).tolist(), strict=True))
-        if not any(accuracy > threshold for _, accuracy in offered):
-            return 0
-        owners, best, stored_at = columns = self.task.cpu(), self.accuracy.cpu(), self.stored_at.cpu()
+    def take(self, offers: Offers, numbers: Sequence[Tensor], threshold: float, step: int) -> int:
+        """`offer` for each of the offers in order; numbers: their tasks and accuracies in the host's memory. Returns
+        how many were stored."""
         entering: dict[int, int] = {}  # place in the bank -> which of the offered
-        stored = 0
-        for number, (task, accuracy) in enumerate(offered):
+        stored, columns = 0, self._columns()
+        for number, (task, accuracy) in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):
+            if not accuracy > threshold:
+                continue
             place = place_for(task, *columns)
-            if accuracy > threshold and not (owners[place] >= 0 and best[place] > accuracy):
-                owners[place], best[place], stored_at[place] = task, accuracy, step
+            if not (columns[0][place] >= 0 and columns[1][place] > accuracy):
+                for column, entry in zip(columns, (task, accuracy, step), strict=True):
+                    column[place] = entry
                 entering[place] = number
                 stored += 1
+        if not entering:
+            return 0
         places, chosen = list(entering), list(entering.values())
-        self.keys[places], self.values[places] = keys[chosen].float(), values[chosen].float()
+        self.keys[places] = offers.keys[chosen].float()
+        self.values[places] = offers.values[chosen].float()
         for column, found in zip((self.task, self.accuracy, self.stored_at), columns, strict=True):
             column.copy_(found)
         return stored

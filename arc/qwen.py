@@ -185,6 +185,9 @@ class QwenPrompt(nn.Module):
         # Only plain attention can be read in two steps (see `_read_frozen`): a recurrent layer would run over padding.
         kinds = getattr(backbone.config, "layer_types", None) or []
         self._all_attention = all(kind == "full_attention" for kind in kinds)
+        # Said layer by layer that there is no mask, transformers does not look for packed rows, a wait for a GPU.
+        by_layer = self._all_attention and backbone.config.model_type in ("qwen2", "qwen3")
+        self._mask = {"full_attention": None} if by_layer else None
         self.adapter = Adapter(backbone, lora_rank) if tune == "lora" else None
         if tune == "frozen":
             backbone.requires_grad_(False)
@@ -248,7 +251,7 @@ class QwenPrompt(nn.Module):
         place = place.expand(-1, -1, hidden)
         embedded = embedding_of(self.backbone)(F.pad(ids, (0, K)))  # (B, L + K, hidden)
         embedded = embedded.scatter(1, place, self.query.expand(len(ids), -1, -1))
-        states = self.backbone(inputs_embeds=embedded, use_cache=False).last_hidden_state  # (B, L + K, hidden)
+        states = self.backbone(inputs_embeds=embedded, attention_mask=self._mask, use_cache=False).last_hidden_state
         return states.gather(1, place)
 
     def _read_frozen(self, ids: Tensor, lengths: Tensor) -> Tensor:

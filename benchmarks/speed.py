@@ -42,8 +42,8 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from arc.episodes import epoch_order  # noqa: E402
 from arc.run.files import default_cache  # noqa: E402
 from arc.run.randomness import normal_noise  # noqa: E402
-from arc.run.records import Step  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
+from arc.steps import Step  # noqa: E402
 from benchmarks.runs import ROOT, RunFailed, machine, parse, resident_mib, rows_of, spread, table  # noqa: E402
 from trainloop_complete_with_fixes import (  # noqa: E402
     Run,

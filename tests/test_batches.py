@@ -367,8 +367,12 @@ def test_views_of_one_episode_are_the_same_pair(run: Run) -> None:
     episodes = an_epoch(run)[0]
     batch = training_data(run)[0, episodes]
     first = [batch.query.owner.tolist().index(owner) for owner in range(len(episodes))]
-    asked = reverse_queries(batch.query.target_grid[first], batch.query, torch.tensor(first))
-    assert different(batch.way_back, asked) == set()
+    query = batch.query.rows(torch.tensor(first))
+    other = torch.where(query.target_grid == 0, 1, query.target_grid.clamp(max=0))  # a cell at least is another colour
+    rows, asked = reverse_queries((query.target_grid, other), query)
+    assert rows == list(range(len(query))) and asked is not None
+    assert different(batch.way_back, asked.rows(torch.tensor(rows))) == set()
+    assert reverse_queries((other, other), query) == ([], None)
     for row, owner in enumerate(batch.query.owner.tolist()):
         episode = episodes[owner]
         pair = run.training[episode.task].train[episode.held_out]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc.episodes import TrainBatch
-from arc.memory import MemoryBank
+from arc.memory import MemoryBank, Offers
 from policy_refined import exact_match
 from trainloop_complete_with_fixes import (
     DynamicMemoryThreshold,
@@ -70,7 +70,7 @@ def test_offers_are_judged_by_the_threshold(small_build: SmallBuild) -> None:
         batch = next(b for b in train_batches(run, 6) if len(b.task.unique()) == len(b.task) == len(solved))
         prompt, embedding = read_prompt(run, batch)
         threshold = run.fixes.threshold.get_threshold()
-        return run.memory.offer_batch(embedding, prompt, batch.task, solved, threshold, 0)
+        return run.memory.take(Offers.of(embedding, prompt, batch.task, solved), (batch.task, solved), threshold, 0)
 
     assert stored() == 3
     assert stored("--ablate", "5") == 0

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from arc.run.budget import Budget
 from arc.run.files import UserError
@@ -81,29 +80,6 @@ class TrainState:
         """The epoch is over, with everything that belongs to it."""
         self.epoch, self.batch, self.trained, self.sums = self.epoch + 1, 0, False, {}
         self.memory_updates = self.memory_offers = 0
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# what a step leaves
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a batch leaves for the records: measured () tensors, still on the device, and counts."""
-
-    measured: dict[str, Tensor]
-    counted: dict[str, int]
-
-
-def read_steps(steps: Sequence[Step], norms: Mapping[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Everything that an update measured as plain numbers, in one read: the only wait for the device. Returns a row for
-    each step, and the norms."""
-    device = next(iter(steps[0].measured.values())).device
-    values = [value for step in steps for value in step.measured.values()] + list(norms.values())
-    numbers = iter(torch.stack([value.detach().float().to(device) for value in values]).tolist())
-    rows = [{**{name: next(numbers) for name in step.measured}, **step.counted} for step in steps]
-    return rows, dict(zip(norms, numbers, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
