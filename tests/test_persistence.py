@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from arc.persistence import runs, snapshot
-from arc.persistence.files import FileSpec, memory_available, read_safetensors
+from arc.persistence.files import FileSpec, _parse_header, memory_available, read_safetensors
 from arc.persistence.folder import RunFolder
 from arc.persistence.lock import RunLock
-from arc.persistence.names import MAX_DEPTH
+from arc.persistence.manifest import MAX_MANIFEST_BYTES
+from arc.persistence.names import MAX_DEPTH, Corrupt
 from arc.persistence.runs import human
 from arc.persistence.tree import dump_json
 from benchmarks.persistence import fail_at, fill, hooked, left_overs, make_frozen, make_state, quiet, same
@@ -182,6 +183,8 @@ def test_equal_or_overlapping_tensors_are_not_tied(run: Path) -> None:
     base = torch.arange(6.0)
     tree = [base, base.clone(), base[:3], base[3:], base.view(2, 3), base.view(2, 3).t(), torch.empty(0)]
     tree.append(torch.empty(0))
+    wave = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64)
+    tree += [wave, wave.conj(), wave.imag, wave.conj().imag]  # views of the same bytes that read them differently
     back = round_trip(run, tree)
     assert same(back, tree)
     assert len({id(tensor) for tensor in back}) == len(tree)
@@ -249,6 +252,26 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(
         persistence.save({"extra": tree}, step=1)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(run)) == ["LOCK"]
+
+
+def test_numbers_that_belong_in_a_tensor_are_refused(persistence: ModelPersistence, run: Path) -> None:
+    text = "x" * 2**20
+    with pytest.raises(PersistenceError, match=r": state: .* takes [\d,]+ bytes of JSON .*; keep long lists of numbers"):
+        persistence.save({"extra": [text] * (MAX_MANIFEST_BYTES // len(text) + 1)}, step=1, wait=True)
+    assert sorted(os.listdir(run)) == ["LOCK"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "read"),
+    [([1] * 64, True), ([1] * 65, False), ([-1, -1], False), ([1.0], False), ([True], False), ("1", False)],
+)
+def test_shapes_in_a_header(shape: Any, *, read: bool) -> None:
+    header = json.dumps({"x": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}).encode()
+    if read:
+        assert _parse_header(header, 1, "file") == [("x", torch.uint8, tuple(shape))]
+    else:
+        with pytest.raises(Corrupt, match="^file: broken header entry 'x'$"):
+            _parse_header(header, 1, "file")
 
 
 def test_a_tree_that_contains_itself_is_refused(persistence: ModelPersistence) -> None:
@@ -559,11 +582,12 @@ def test_a_disk_that_is_too_small_for_five_is_told_beforehand(
     state, frozen = make_state(1), make_frozen()
     one, once = ModelPersistence.estimate_bytes(state), ModelPersistence.estimate_bytes(state, frozen)
     blob = once - one
-    few = (4 * one + blob, "use --keep 1")
-    for free, advice in ((8 * one + blob, None), (7 * one + blob, "use --keep 4"), few, (3 * one, "free some space")):
+    few, between = (4 * one + blob, "use --keep 1;"), (7 * one + blob + one // 2, "use --keep 4;")
+    exact = (7 * one + blob, "use --keep 4;")
+    for free, advice in ((8 * one + blob, None), between, exact, few, (3 * one, "free some space")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
         warning = persistence.space_warning(state, frozen)
-        assert (warning is None) if advice is None else (warning is not None and advice in warning)
+        assert (warning is None) if advice is None else (warning is not None and advice in f"{warning};")
 
 
 def test_what_is_still_to_come_is_counted(persistence: ModelPersistence, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -674,6 +698,17 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(run: Path, monkeyp
         first.save(make_state(2), step=2, wait=True)
     with ModelPersistence(run, log=quiet) as second:
         assert second.load().step == 2
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_untouched(run: Path, tmp_path: Path) -> None:
+    run.mkdir(parents=True)
+    (tmp_path / "mine").write_text("mine")
+    for target in ("mine", "nowhere"):
+        (run / "LOCK").symlink_to(tmp_path / target)
+        with pytest.raises((PersistenceError, OSError)):
+            ModelPersistence(run, log=quiet)
+        (run / "LOCK").unlink()
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "nowhere").exists()
 
 
 HOLDER = """
@@ -919,11 +954,15 @@ def test_an_exported_qwen_is_read_by_transformers(run: Path, tmp_path: Path, fro
 
 
 @pytest.mark.parametrize("name", ["../config.json", "/etc/x", ".hidden", "", "model.safetensors", "a/b"])
-def test_export_writes_no_file_outside_or_twice(run: Path, tmp_path: Path, name: str) -> None:
+def test_export_writes_no_file_outside_or_twice(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     state = {"model": {"m": {"w": torch.ones(1)}}, "extra": {"export": {"m": {name: "text"}}}}
     with ModelPersistence(run, log=quiet) as persistence:
         persistence.save(state, step=1, wait=True)
     assert main(["export", str(run), str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and (repr(name) if name != "model.safetensors" else "File exists") in told
     assert sorted(os.listdir(tmp_path)) == ["runs"]
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import model_persistence as mp
 from arc.persistence.manifest import scan
+from arc.persistence.mirror import _read_ledger
 from benchmarks.persistence import (
     _flip_bit,
     fill,
@@ -103,6 +104,30 @@ def test_a_run_that_is_only_in_the_backup_is_resumed(run: Path, drive: Path) -> 
         save(persistence, 3, 0.7)
         assert persistence.load("best").step == 1
     assert steps(drive / "a") == [1, 3]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_without_a_valid_checkpoint_gets_its_own_backup(run: Path, drive: Path, *, whole: bool) -> None:
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        (run / "metrics.jsonl").write_text("{}\n")
+        save(persistence, 1)
+        save(persistence, 2)
+        idle(persistence)
+    assert steps(drive / "a") == [2]
+    (run / "metrics.jsonl").unlink()
+    for folder in (
+        run / "step-000000001",
+        run / "step-000000002",
+        *([] if whole else [drive / "a" / "step-000000002"]),
+    ):
+        _flip_bit(folder / "model.safetensors", 200)
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        if whole:
+            assert persistence.load().step == 2 and (run / "metrics.jsonl").read_text() == "{}\n"
+        else:
+            with pytest.raises(PersistenceError, match="none of 2 is valid"):
+                persistence.load()
+            assert not (run / "metrics.jsonl").exists()  # rows of checkpoints that did not come
 
 
 def test_local_checkpoints_come_first_and_damaged_backups_are_not_restored(run: Path, drive: Path) -> None:
@@ -213,6 +238,20 @@ def test_other_runs_count_towards_the_quota_by_their_ledgers(run: Path, drive: P
     assert any("no room for step 1" in line for line in lines) and steps(drive / "a") == []
 
 
+def test_a_ledger_that_is_none_counts_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    assert _read_ledger(path) == (None, 0)
+    for text, found in (
+        ('{"run": "x", "bytes": 5}', ("x", 5)),
+        ('{"run": "x", "bytes": -5}', ("x", 0)),
+        ('{"run": "x"}', (None, 0)),
+        ("[]", (None, 0)),
+        (json.dumps({"run": "x", "bytes": 5, "more": "x" * 2**20}), (None, 0)),  # longer than any ledger is
+    ):
+        path.write_text(text)
+        assert _read_ledger(path) == found
+
+
 def test_deleting_empties_each_file_first_and_the_manifest_before_all(run: Path, drive: Path) -> None:
     calls: list[tuple[str, str]] = []
     with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
@@ -237,6 +276,30 @@ def test_a_mount_that_comes_back_gets_what_it_missed(run: Path, drive: Path) -> 
         idle(persistence)
     assert steps(drive / "a") == [2]
     assert sum("trying again" in line for line in lines) == 1 and not any("OFF" in line for line in lines)
+
+
+def test_pauses_double_up_to_the_longest(run: Path, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float | None] = []
+    wait_for = threading.Condition.wait_for
+
+    def told(self: threading.Condition, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        if threading.current_thread().name == "checkpoint-mirror":
+            pauses.append(timeout)
+        return wait_for(self, predicate, timeout)
+
+    def broken(name: str, path: str, argument: object) -> None:
+        if path.startswith(str(drive)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(threading.Condition, "wait_for", told)
+    changed = {"FIRST_DELAY": 0.001, "LONGEST_DELAY": 0.005, "RETRIES": 6}
+    with patched_mirror(changed), hooked(broken, ("open", "mkdir")):
+        with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+            (thread,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint-mirror")
+            assert thread.daemon  # or a mount that hangs would keep the process from ending
+            save(persistence, 1)
+            idle(persistence)
+    assert [pause for pause in pauses if pause is not None] == [0.001, 0.002, 0.004, 0.005, 0.005]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.ENOTCONN, errno.EDQUOT])
