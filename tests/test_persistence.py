@@ -256,7 +256,9 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(
 
 def test_numbers_that_belong_in_a_tensor_are_refused(persistence: ModelPersistence, run: Path) -> None:
     text = "x" * 2**20
-    with pytest.raises(PersistenceError, match=r": state: .* takes [\d,]+ bytes of JSON .*; keep long lists of numbers"):
+    with pytest.raises(
+        PersistenceError, match=r": state: .* takes [\d,]+ bytes of JSON .*; keep long lists of numbers"
+    ):
         persistence.save({"extra": [text] * (MAX_MANIFEST_BYTES // len(text) + 1)}, step=1, wait=True)
     assert sorted(os.listdir(run)) == ["LOCK"]
 
