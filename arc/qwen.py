@@ -128,7 +128,10 @@ class ContextEncoder:
         return [*self._header, *itertools.chain.from_iterable(parts[i] for i in sorted(kept))]
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a bare Exception is what the library raises
+            raise UserError(f"--qwen: the model's tokenizer cannot read a context ({error})") from error
 
     def _tell(self, dropped: int, total: int) -> None:
         if self._log is None or torch.utils.data.get_worker_info() is not None:

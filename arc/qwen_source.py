@@ -296,9 +296,13 @@ def load_tokenizer(source: Source, vocabulary: int) -> PreTrainedTokenizerFast:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    ids = backend.encode(_PROBE_TEXT, add_special_tokens=False).ids
+    try:
+        ids = backend.encode(_PROBE_TEXT, add_special_tokens=False).ids
+        kept = backend.decode(ids, skip_special_tokens=False) == _PROBE_TEXT
+    except Exception as error:  # a bare Exception is what the library raises, for a vocabulary with a gap for one
+        raise UserError(f"{where}: its tokenizer cannot read a context ({_one_line(error)})") from error
     # A folder without tokenizer files loads as a tokenizer of one token, without an error.
-    if backend.decode(ids, skip_special_tokens=False) != _PROBE_TEXT:
+    if not kept:
         raise UserError(f"{where}: its tokenizer ({len(tokenizer)} tokens) does not keep digits; are its files there?")
     if max(ids) >= vocabulary:
         raise UserError(f"{where}: tokenizer and model do not belong together ({max(ids)} of {vocabulary} embeddings)")

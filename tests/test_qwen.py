@@ -507,6 +507,19 @@ def remove_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def words(*known: str) -> Damage:
+    """A tokenizer that knows these words and has no token for others, not even the one that it says is for them."""
+
+    def damage(folder: Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    return damage
+
+
 BROKEN: dict[str, tuple[Damage, str]] = {
     "a weight is infinite": (spoil_weight, "not finite"),
     "empty folder": (empty, "config.json"),
@@ -551,6 +564,26 @@ def test_a_folder_that_is_no_usable_qwen(
     message = refusal(copy_of_qwen2, cache)
     assert expected in message and str(copy_of_qwen2) in message
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_cannot_read_the_probe(cache: Path, tmp_path: Path) -> None:
+    build("tiny", cache)
+    folder = shutil.copytree(next(path for path in cache.iterdir() if path.name.startswith("tiny-")), tmp_path / "copy")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["model"]["unk_token"] = "[UNK]"  # not in its vocabulary
+    (folder / "tokenizer.json").write_text(json.dumps({**whole, "pre_tokenizer": None}))
+    assert "its tokenizer cannot read a context (Exception: WordLevel error: " in refusal(folder, cache)
+
+
+def test_a_tokenizer_that_cannot_read_a_grid(copy_of_qwen2: Path) -> None:
+    from tokenizers import Tokenizer
+
+    words("IO", "I", "O", "\n", "1")(copy_of_qwen2)
+    encoder = ContextEncoder(Tokenizer.from_file(str(copy_of_qwen2 / "tokenizer.json")), 100)
+    one, two = np.array([[1]], np.uint8), np.array([[2]], np.uint8)
+    assert len(encoder([(one, one)])) == 10
+    with pytest.raises(UserError, match=r"tokenizer cannot read a context \(WordLevel error: .*\)$"):
+        encoder([(one, two)])
 
 
 def test_code_in_a_folder_is_not_run(cache: Path, copy_of_qwen2: Path, tmp_path: Path) -> None:
