@@ -6,9 +6,15 @@ Everything here is a function of input grids. No output grid is ever seen by thi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
+
+Step = tuple[int, int]  # rows down, columns right
+DOWN, UP, RIGHT, LEFT = (1, 0), (-1, 0), (0, 1), (0, -1)
+CROSS: tuple[Step, ...] = (DOWN, UP, RIGHT, LEFT)
+DIAGONALS: tuple[Step, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+STAR = (*CROSS, *DIAGONALS)
 
 OUTSIDE = 10  # "colour" of positions outside a grid
 MISSING = -1  # value of every plane where there is nothing to tell
@@ -183,17 +189,17 @@ def dense_rank(group: np.ndarray, value: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------
 # The canvas
 # ----------------------------------------------------------------------------------------------------------------
-def background(grid: np.ndarray) -> int:
-    """0 where it covers at least a fifth of the grid, else the commonest colour (ties: the smaller)."""
-    counts = np.bincount(grid.reshape(-1), minlength=10)
-    return 0 if counts[0] * 5 >= grid.size else int(counts.argmax())
+def background(counts: np.ndarray) -> int:
+    """0 where it covers at least a fifth of the grid with so many cells of each colour (10,), else the commonest colour
+    (ties: the smaller)."""
+    return 0 if counts[0] * 5 >= counts.sum() else int(counts.argmax())
 
 
-def ranked_colours(grid: np.ndarray, ground: int) -> list[int]:
-    """Colours of a grid other than the background `ground`, commonest first (ties: the smaller)."""
-    counts = np.bincount(grid.reshape(-1), minlength=10)
-    counts[ground] = 0
-    return [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
+def ranked_colours(counts: np.ndarray, ground: int) -> list[int]:
+    """Colours other than the background `ground` of a grid with so many cells of each colour (10,), commonest first
+    (ties: the smaller)."""
+    ranked = sorted((-count, colour) for colour, count in enumerate(counts.tolist()) if count and colour != ground)
+    return [colour for _, colour in ranked]
 
 
 class Canvas:
@@ -208,13 +214,22 @@ class Canvas:
         for index, grid in enumerate(grids):
             self.colour[index, : grid.shape[0], : grid.shape[1]] = grid
         self.inside = self.colour != OUTSIDE
-        self.background = np.array([background(g) for g in grids])
+        self.counts = [np.bincount(g.reshape(-1), minlength=10) for g in grids]  # cells of each colour, (10,) a grid
+        self.background = np.array([background(counts) for counts in self.counts])
         self.foreground = self.inside & (self.colour != self.background[:, None, None])
 
     @cached_property
     def colours(self) -> list[list[int]]:
         """Each grid's foreground colours, commonest first."""
-        return [ranked_colours(grid, int(ground)) for grid, ground in zip(self.grids, self.background, strict=True)]
+        return [
+            ranked_colours(counts, int(ground)) for counts, ground in zip(self.counts, self.background, strict=True)
+        ]
+
+    @cached_property
+    def sights(self) -> tuple[np.ndarray, np.ndarray]:
+        """The colour of the first foreground cell met from each cell in the directions of STAR, OUTSIDE where there is
+        none, and how many steps away it is: (G, 8, H, W) both."""
+        return look(np.where(self.foreground, self.colour, OUTSIDE), OUTSIDE, STAR)
 
     def objects(self, labels: np.ndarray) -> Objects:
         return Objects(labels, self.colour, self.heights, self.widths)
@@ -248,20 +263,47 @@ def shifted(plane: np.ndarray, dr: int, dc: int, fill: int) -> np.ndarray:
     return result
 
 
-def first_met(values: np.ndarray, dr: int, dc: int, nothing: int) -> np.ndarray:
-    """The first value other than `nothing` met from each cell of (..., H, W) in direction (dr, dc), the cell's own left
-    out; `nothing` where there is none. By doubling: each round looks twice as far."""
-    found, reach = shifted(values, dr, dc, nothing), 1
-    while reach < max(values.shape[-2:]):
-        further = shifted(found, dr * reach, dc * reach, nothing)
-        found = np.where(found == nothing, further, found)
-        reach *= 2
-    return found
+@lru_cache(maxsize=64)
+def _sight_lines(height: int, width: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Every line of cells along each of `steps`, from the border it leads to, and where each cell's own line has what
+    lies before it.
+
+    Returns (lines, M) flat indices of cells, height * width where there is none (as in the whole first column), and
+    (steps, H, W) flat indices into that array: the slot before the cell's own.
+    """
+    row, col = np.indices((height, width))
+    slots = max(height, width) + 1
+    lines, before, count = [], [], 0
+    for dr, dc in steps:
+        line = col if dc == 0 else row if dr == 0 else row - dc * dr * col
+        down, right = (
+            {-1: p, 0: np.full_like(p, 99), 1: n - 1 - p}[d] for p, n, d in ((row, height, dr), (col, width, dc))
+        )
+        place = (line - line.min()) * slots + np.minimum(down, right)
+        cells = np.full((int(line.max() - line.min()) + 1) * slots, height * width)
+        cells[place + 1] = row * width + col
+        lines.append(cells.reshape(-1, slots))
+        before.append(place + count * slots)
+        count += len(lines[-1])
+    return np.concatenate(lines), np.stack(before)
 
 
-def first_seen(canvas: Canvas, dr: int, dc: int) -> np.ndarray:
-    """Colour of the first foreground cell in direction (dr, dc), OUTSIDE where there is none: (G, H, W)."""
-    return first_met(np.where(canvas.foreground, canvas.colour, OUTSIDE), dr, dc, OUTSIDE)
+def look(values: np.ndarray, nothing: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """What is met from each cell of (..., H, W) in each direction of `steps`, the cell's own value left out: the first
+    value other than `nothing` (`nothing` where there is none), and how many steps away it is: (..., steps, H, W) both.
+    """
+    height, width = values.shape[-2:]
+    lines, before = _sight_lines(height, width, steps)
+    flat = values.reshape(-1, height * width)
+    flat = np.concatenate([flat, np.full((len(flat), 1), nothing, flat.dtype)], axis=1)
+    seen = flat[:, lines]  # (grids, lines, M)
+    slots = seen.shape[2]
+    latest = np.where(seen == nothing, np.int8(0), np.arange(slots, dtype=np.int8))
+    latest = np.maximum.accumulate(latest, axis=2).reshape(len(flat), -1)[:, before.reshape(-1)]  # slots in the lines
+    own = before.reshape(-1) % slots
+    met = np.take_along_axis(seen.reshape(len(flat), -1), before.reshape(-1) - own + latest, axis=1)
+    shape = (*values.shape[:-2], *before.shape)
+    return met.reshape(shape), (own + 1 - latest).reshape(shape)
 
 
 def region_rim(canvas: Canvas) -> np.ndarray:

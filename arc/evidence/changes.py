@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.canvas import OUTSIDE, Objects, region_rim
+from arc.evidence.canvas import OUTSIDE, Objects, Step, region_rim
 from arc.evidence.drawing import DRAWINGS
 from arc.evidence.restore import MASKS, mirrored, repeated
 from arc.evidence.scene import (
@@ -163,16 +163,15 @@ def _drop_colour(rank: int) -> Transform:
     return change
 
 
-def _joined(*lines_of_sight: tuple[int, int]) -> Transform:
+def _joined(*lines_of_sight: Step) -> Transform:
     """Background between two cells of one colour that see each other along a line takes their colour."""
 
     def change(scene: Scene) -> Grid:
-        result = scene.grid
-        for dr, dc in lines_of_sight:
-            ahead, behind = scene.ray(dr, dc), scene.ray(-dr, -dc)
-            joined = (result == scene.background) & ~scene.foreground & (ahead == behind) & (ahead != OUTSIDE)
-            result = np.where(joined, ahead, result)
-        return result.astype(np.uint8)
+        result = scene.grid.copy()
+        for step in lines_of_sight:
+            colour = scene.between[step]
+            np.copyto(result, colour, where=(result == scene.background) & (colour != OUTSIDE))
+        return result
 
     return change
 
@@ -189,15 +188,15 @@ def _joined_far(scene: Scene) -> Grid:
     return result
 
 
-def _extended(*steps: tuple[int, int]) -> Transform:
+def _extended(*steps: Step) -> Transform:
     """Every foreground cell drawn on, straight, until the next foreground cell or the border."""
 
     def change(scene: Scene) -> Grid:
-        result = scene.grid
+        result = scene.grid.copy()
         for dr, dc in steps:
-            origin = scene.ray(-dr, -dc)
-            result = np.where((result == scene.background) & (origin != OUTSIDE), origin, result)
-        return result.astype(np.uint8)
+            origin = scene.rays[-dr, -dc]
+            np.copyto(result, origin, where=(result == scene.background) & (origin != OUTSIDE))
+        return result
 
     return change
 

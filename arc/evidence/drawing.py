@@ -6,23 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.evidence.canvas import Objects, first_met, region_rim, shifted
-from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, lines, spans
+from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, region_rim, shifted
+from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, lines, once, spans
 
 Mask = np.ndarray
 Place = tuple[np.ndarray, np.ndarray]  # rows and columns
 Choice = Callable[[Scene], "Mask | None"]
-NOTHING = -1
+NOTHING, BLOCKED = 255, 254  # no colours
 
-DOWN, UP, RIGHT, LEFT = (1, 0), (-1, 0), (0, 1), (0, -1)
-DIAGONALS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
-DIRECTIONS: dict[str, tuple[tuple[int, int], ...]] = {
-    "rows": (RIGHT, LEFT),
-    "cols": (DOWN, UP),
-    "cross": (DOWN, UP, RIGHT, LEFT),
-    "diagonals": DIAGONALS,
-    "star": (DOWN, UP, RIGHT, LEFT, *DIAGONALS),
-}
+DIRECTIONS: dict[str, tuple[Step, ...]] = {"cross": CROSS, "diagonals": DIAGONALS, "star": STAR}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -40,6 +32,7 @@ def of_colour(rank: int) -> Choice:
 def of_shapes(keep: Callable[[Objects], np.ndarray]) -> Choice:
     """Cells of the one-coloured objects for which `keep` holds."""
 
+    @once
     def choice(scene: Scene) -> Mask | None:
         shapes = scene.canvas.shapes
         if not shapes.count:
@@ -63,38 +56,51 @@ CHOICES: dict[str, Choice] = {
 # ----------------------------------------------------------------------------------------------------------------
 # Rays and lines
 # ----------------------------------------------------------------------------------------------------------------
-def rays(choice: Choice, steps: tuple[tuple[int, int], ...], through: bool = False) -> Transform:
-    """Chosen cells drawn on, straight, over the background: to the first foreground cell, or beyond if `through`."""
+def _met(choice: Choice, through: bool) -> Callable[[Scene], dict[Step, np.ndarray] | None]:
+    """The colour of the first chosen cell met in each direction of STAR, behind no other foreground cell (unless
+    `through`); NOTHING or BLOCKED elsewhere: uint8."""
 
-    def change(scene: Scene) -> Grid | None:
+    @once
+    def met(scene: Scene) -> dict[Step, np.ndarray] | None:
         chosen = choice(scene)
         if chosen is None:
             return None
-        empty = NOTHING if through else np.where(scene.foreground, 10, NOTHING)
-        values = np.where(chosen, scene.grid.astype(np.int64), empty)
-        result = scene.grid
+        empty = np.uint8(NOTHING) if through else np.where(scene.foreground, np.uint8(BLOCKED), np.uint8(NOTHING))
+        colours, _ = look(np.where(chosen, scene.grid, empty), NOTHING, STAR)
+        return dict(zip(STAR, colours, strict=True))
+
+    return met
+
+
+def rays(met: Callable[[Scene], dict[Step, np.ndarray] | None], steps: tuple[Step, ...]) -> Transform:
+    """Chosen cells drawn on, straight, over the background, as far as they are met (`_met`)."""
+
+    def change(scene: Scene) -> Grid | None:
+        origins = met(scene)
+        if origins is None:
+            return None
+        result = scene.grid.copy()
         for dr, dc in steps:
-            origin = first_met(values, -dr, -dc, NOTHING)
-            drawn = (result == scene.background) & ~scene.foreground & (origin != NOTHING) & (origin != 10)
-            result = np.where(drawn, origin, result)
-        return result.astype(np.uint8)
+            origin = origins[-dr, -dc]
+            np.copyto(result, origin, where=(result == scene.background) & (origin < BLOCKED))
+        return result
 
     return change
 
 
-def grown(choice: Choice, steps: tuple[tuple[int, int], ...]) -> Transform:
+def grown(choice: Choice, steps: tuple[Step, ...]) -> Transform:
     """The background next to chosen cells takes their colour."""
 
     def change(scene: Scene) -> Grid | None:
         chosen = choice(scene)
         if chosen is None:
             return None
-        values = np.where(chosen, scene.grid.astype(np.int64), NOTHING)
-        result = scene.grid
+        values = np.where(chosen, scene.grid, np.uint8(NOTHING))
+        result = scene.grid.copy()
         for dr, dc in steps:
             near = shifted(values, -dr, -dc, NOTHING)
-            result = np.where((result == scene.background) & (near != NOTHING), near, result)
-        return result.astype(np.uint8)
+            np.copyto(result, near, where=(result == scene.background) & (near != NOTHING))
+        return result
 
     return change
 
@@ -106,13 +112,14 @@ def linked_to(choice: Choice) -> Transform:
         chosen = choice(scene)
         if chosen is None:
             return None
-        values = np.where(chosen, 10, np.where(scene.foreground, scene.grid.astype(np.int64), NOTHING))
-        result = scene.grid
-        for dr, dc in DIRECTIONS["cross"]:
-            colour, anchor = first_met(values, -dr, -dc, NOTHING), first_met(values, dr, dc, NOTHING)
-            linked = ~scene.foreground & (anchor == 10) & (colour >= 0) & (colour < 10)
-            result = np.where(linked, colour, result)
-        return result.astype(np.uint8)
+        others = np.where(scene.foreground, scene.grid, np.uint8(NOTHING))
+        colours, _ = look(np.where(chosen, np.uint8(BLOCKED), others), NOTHING, CROSS)
+        met = dict(zip(CROSS, colours, strict=True))
+        result = scene.grid.copy()
+        for dr, dc in CROSS:
+            colour, anchor = met[-dr, -dc], met[dr, dc]
+            np.copyto(result, colour, where=~scene.foreground & (anchor == BLOCKED) & (colour < BLOCKED))
+        return result
 
     return change
 
@@ -346,14 +353,14 @@ def erased(rank: int) -> Transform:
     def change(scene: Scene) -> Grid | None:
         if len(scene.colours) < 2:
             return None
-        result = np.where(scene.grid == scene.colours[rank], NOTHING, scene.grid.astype(np.int64))
+        result = np.where(scene.grid == scene.colours[rank], np.uint8(NOTHING), scene.grid)
         for _ in range(15):
             hidden = result == NOTHING
             if not hidden.any():
-                return result.astype(np.uint8)
-            near = np.stack([shifted(result, -dr, -dc, NOTHING) for dr, dc in DIRECTIONS["star"]])
+                return result
+            near = np.stack([shifted(result, -dr, -dc, NOTHING) for dr, dc in STAR])
             counts = np.stack([(near == colour).sum(0) for colour in range(10)])
-            result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0), result)
+            result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0).astype(np.uint8), result)
         return None
 
     return change
@@ -367,9 +374,9 @@ def flooded(rank: int) -> Transform:
             return None
         regions, wall = scene.canvas.regions, scene.colours[rank]
         seen = np.zeros((regions.count, 10), bool)
-        for dr, dc in DIRECTIONS["cross"]:
-            near = shifted(scene.grid.astype(np.int64), -dr, -dc, NOTHING).reshape(-1)[regions.cells]
-            valid = near >= 0
+        for dr, dc in CROSS:
+            near = shifted(scene.grid, -dr, -dc, NOTHING).reshape(-1)[regions.cells]
+            valid = near != NOTHING
             seen[regions.of[valid], near[valid]] = True
         seen[:, [wall, scene.background]] = False
         flood = (regions.colour == scene.background) & (seen.sum(1) == 1)
@@ -413,13 +420,16 @@ def continued(scene: Scene) -> Grid | None:
 
 
 def _carried(scene: Scene, dr: int, dc: int) -> Grid:
-    result = scene.grid.astype(np.int64)
-    values = np.where(scene.foreground, result, NOTHING)
+    result = scene.grid.copy()
+    height, width = result.shape
+    values = np.where(scene.foreground, result, np.uint8(NOTHING))
     for sign in (1, -1):
         for step in range(1, 30):
+            if step * dr >= height or step * abs(dc) >= width:
+                break
             image = shifted(values, -sign * step * dr, -sign * step * dc, NOTHING)
-            result = np.where((result == scene.background) & (image != NOTHING), image, result)
-    return result.astype(np.uint8)
+            np.copyto(result, image, where=(result == scene.background) & (image != NOTHING))
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -535,10 +545,11 @@ def _drawings() -> dict[str, Transform]:
         "rolled_left": _rolled(0, -1),
     }
     for name in ("rare", "dots"):
+        met = _met(CHOICES[name], through=False)
         for way in ("cross", "diagonals", "star"):
-            drawings[f"rays_{name}_{way}"] = rays(CHOICES[name], DIRECTIONS[way])
-        drawings[f"lines_{name}"] = rays(CHOICES[name], DIRECTIONS["cross"], through=True)
-        drawings[f"grown_{name}"] = grown(CHOICES[name], DIRECTIONS["star"])
+            drawings[f"rays_{name}_{way}"] = rays(met, DIRECTIONS[way])
+        drawings[f"lines_{name}"] = rays(_met(CHOICES[name], through=True), CROSS)
+        drawings[f"grown_{name}"] = grown(CHOICES[name], STAR)
     for name in ("rare", "top", "largest"):
         drawings[f"symmetric_{name}"] = symmetric(_pivot_of(CHOICES[name]), False)
         drawings[f"symmetric_{name}_turned"] = symmetric(_pivot_of(CHOICES[name]), True)

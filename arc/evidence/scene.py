@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
-from arc.evidence.canvas import Canvas, background, first_seen, ranked_colours
+from arc.evidence.canvas import DOWN, OUTSIDE, RIGHT, STAR, Canvas, Step, background, look, ranked_colours
 
 Grid = np.ndarray
 Shape = tuple[int, int]
+T = TypeVar("T")
 Transform = Callable[["Scene"], "Grid | None"]  # None: does not apply
 
 
@@ -19,11 +21,22 @@ class Scene:
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self._rays: dict[tuple[int, int], np.ndarray] = {}
+        self._facts: dict[Hashable, Any] = {}
+
+    def remember(self, name: Hashable, find: Callable[[], T]) -> T:
+        """A fact about the grid by name, found when first asked for."""
+        if name not in self._facts:
+            self._facts[name] = find()
+        return self._facts[name]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Cells of each colour: (10,)."""
+        return np.bincount(self.grid.reshape(-1), minlength=10)
 
     @cached_property
     def background(self) -> int:
-        return background(self.grid)
+        return background(self.counts)
 
     @cached_property
     def foreground(self) -> np.ndarray:
@@ -33,16 +46,24 @@ class Scene:
     def canvas(self) -> Canvas:
         return Canvas([self.grid])
 
-    def ray(self, dr: int, dc: int) -> np.ndarray:
-        """Colour of the first foreground cell in a direction, OUTSIDE where there is none."""
-        if (dr, dc) not in self._rays:
-            self._rays[dr, dc] = first_seen(self.canvas, dr, dc)[0]
-        return self._rays[dr, dc]
+    @cached_property
+    def rays(self) -> dict[Step, np.ndarray]:
+        """Colour of the first foreground cell in each direction of STAR, OUTSIDE where there is none: uint8."""
+        met, _ = look(np.where(self.foreground, self.grid, np.uint8(OUTSIDE)), OUTSIDE, STAR)
+        return dict(zip(STAR, met, strict=True))
+
+    @cached_property
+    def between(self) -> dict[Step, np.ndarray]:
+        """The colour met both along a step and against it, OUTSIDE where there is no such: uint8."""
+        return {
+            (dr, dc): np.where(self.rays[dr, dc] == self.rays[-dr, -dc], self.rays[dr, dc], np.uint8(OUTSIDE))
+            for dr, dc in (RIGHT, DOWN, (1, 1), (1, -1))
+        }
 
     @cached_property
     def colours(self) -> list[int]:
         """Foreground colours, commonest first (ties: the smaller)."""
-        return ranked_colours(self.grid, self.background)
+        return ranked_colours(self.counts, self.background)
 
     @cached_property
     def panels(self) -> list[Grid]:
@@ -67,6 +88,15 @@ class Scene:
         if width >= height and width % 2 == 0:
             return np.split(self.grid, 2, axis=1)
         return np.split(self.grid, 2, axis=0) if height % 2 == 0 else []
+
+
+def once(fact: Callable[[Scene], T]) -> Callable[[Scene], T]:
+    """A function of a scene that several transforms ask for, computed once a scene."""
+
+    def recall(scene: Scene) -> T:
+        return scene.remember(fact, lambda: fact(scene))
+
+    return recall
 
 
 def crop(grid: Grid, mask: np.ndarray) -> Grid | None:
