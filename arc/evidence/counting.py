@@ -83,7 +83,7 @@ class SourceCounts:
     """How often each context was sighted, and how often each source had the true colour there."""
 
     row: np.ndarray  # (source tables, N): each cell's row in `seen` and `hits`
-    values: np.ndarray  # (S, N) uint8: the different sources at every cell
+    values: np.ndarray  # (S, N) uint8: at every cell the sources that differ in the demonstrations' cells they hit
     seen: np.ndarray  # (contexts, n) int16, by demonstration
     hits: np.ndarray  # (contexts, n, S) int16
     seen_total: np.ndarray  # (contexts,) int32
@@ -94,12 +94,15 @@ class SourceCounts:
         cls, context: np.ndarray, width: np.ndarray, values: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int
     ) -> SourceCounts:
         """context: (tables, N) numbers below width (tables,); values: all sources; pair, truth: (N_demo,)."""
-        useful = (values != UNAVAILABLE).any(1)
-        first = np.unique(values, axis=0, return_index=True)[1]  # of equal sources only the first can be chosen
-        values = values[useful & np.isin(np.arange(len(values)), first)]
+        values = values[(values != UNAVAILABLE).any(1)]
+        hit = values[:, : len(pair)] == truth  # (S, N_demo)
+        first: dict[bytes, int] = {}
+        for source, pattern in enumerate(hit):
+            first.setdefault(pattern.tobytes(), source)
+        different = list(first.values())  # of sources that are right in the same cells only the first can be chosen
+        values, hit = values[different], np.ascontiguousarray(hit[different].T)
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
-        hit = (values[:, : len(pair)] == truth).T  # (N_demo, S)
         hits = np.zeros((int(offset[-1]) * n, len(values)), np.int16)
         flat = row[:, : len(pair)] * n + pair  # (tables, N_demo)
         seen = np.bincount(flat.reshape(-1), minlength=len(hits)).astype(np.int16).reshape(-1, n)
