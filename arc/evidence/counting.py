@@ -57,7 +57,7 @@ class ColourCounts:
     has: nothing is ever counted there."""
 
     row: np.ndarray  # (colour tables, N): each cell's row in `counts`
-    counts: np.ndarray  # (contexts, n, 10) int16, by demonstration
+    counts: np.ndarray  # (n, contexts, 10) int16, by demonstration
     total: np.ndarray  # (contexts, 10) int32
 
     @classmethod
@@ -65,17 +65,28 @@ class ColourCounts:
         """context: (tables, N) numbers below width (tables,); pair, truth: (N_demo,) of the first cells."""
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
-        flat = (row[:, : len(pair)] * n + pair) * 10 + truth
-        counts = np.bincount(flat.reshape(-1), minlength=int(offset[-1]) * n * 10)
-        counts = counts.reshape(-1, n, 10).astype(np.int16)  # one demonstration has at most 900 cells
-        counts[offset[:-1]] = 0
-        return cls(row, counts, counts.sum(1, dtype=np.int32))
+        contexts = int(offset[-1])
+        flat = (pair * contexts + row[:, : len(pair)]) * 10 + truth
+        counts = np.bincount(flat.reshape(-1), minlength=n * contexts * 10)
+        counts = counts.reshape(n, contexts, 10).astype(np.int16)  # one demonstration has at most 900 cells
+        counts[:, offset[:-1]] = 0
+        return cls(row, counts, counts.sum(0, dtype=np.int32))
 
     def codes(self, out: Out) -> np.ndarray:
         """Code of each context without demonstrations `out`: (contexts,) uint8."""
-        # at most three are left out: less to subtract than the others would be to add up
-        colours = self.total - self.counts[:, list(out)].sum(1, dtype=np.int32)  # (contexts, 10)
+        colours = _without(out, self.total, self.counts)  # (contexts, 10)
         return (colours.argmax(1) + 10 * classes_of(colours.max(1), colours.sum(1))).astype(np.uint8)
+
+
+def _without(out: Out, total: np.ndarray, by_demonstration: np.ndarray) -> np.ndarray:
+    """Counts (...) of all demonstrations less those of the demonstrations `out`, from their counts (n, ...).
+
+    At most three are left out: less to subtract than the others would be to add up.
+    """
+    left = total.copy()
+    for demonstration in out:
+        left -= by_demonstration[demonstration]
+    return left
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +95,8 @@ class SourceCounts:
 
     row: np.ndarray  # (source tables, N): each cell's row in `seen` and `hits`
     values: np.ndarray  # (S, N) uint8: at every cell the sources that differ in the demonstrations' cells they hit
-    seen: np.ndarray  # (contexts, n) int16, by demonstration
-    hits: np.ndarray  # (contexts, n, S) int16
+    seen: np.ndarray  # (n, contexts) int16, by demonstration
+    hits: np.ndarray  # (n, contexts, S) int16
     seen_total: np.ndarray  # (contexts,) int32
     hits_total: np.ndarray  # (contexts, S) int32
 
@@ -103,9 +114,11 @@ class SourceCounts:
         values, hit = values[different], np.ascontiguousarray(hit[different].T)
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
-        hits = np.zeros((int(offset[-1]) * n, len(values)), np.int16)
-        flat = row[:, : len(pair)] * n + pair  # (tables, N_demo)
-        seen = np.bincount(flat.reshape(-1), minlength=len(hits)).astype(np.int16).reshape(-1, n)
+        total = int(offset[-1])
+        flat = pair * total + row[:, : len(pair)]  # (tables, N_demo)
+        seen = np.bincount(flat.reshape(-1), minlength=n * total).astype(np.int16).reshape(n, total)
+        seen[:, offset[:-1]] = 0
+        hits = np.zeros((n * total, len(values)), np.int16)
         for t in range(NUM_SOURCE_TABLES):
             cells = np.flatnonzero(context[t, : len(pair)])
             cells = cells[np.argsort(flat[t, cells], kind="stable")]
@@ -113,17 +126,15 @@ class SourceCounts:
                 key = flat[t, cells]
                 starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
                 hits[key[starts]] = np.add.reduceat(hit[cells], starts, axis=0, dtype=np.int16)
-        seen[offset[:-1]] = 0
-        by_pair = hits.reshape(-1, n, len(values))
-        return cls(row, values, seen, by_pair, seen.sum(1, dtype=np.int32), by_pair.sum(1, dtype=np.int32))
+        by_pair = hits.reshape(n, total, len(values))
+        return cls(row, values, seen, by_pair, seen.sum(0, dtype=np.int32), by_pair.sum(0, dtype=np.int32))
 
     def best(self, out: Out) -> tuple[np.ndarray, np.ndarray]:
         """Without demonstrations `out`: the source with most hits in each context, and the context's class."""
-        left = list(out)
-        hits = self.hits_total - self.hits[:, left].sum(1, dtype=np.int32)  # (contexts, S)
+        hits = _without(out, self.hits_total, self.hits)  # (contexts, S)
         best = hits.argmax(1)
         most = np.take_along_axis(hits, best[:, None], axis=1)[:, 0]
-        return best, classes_of(most, self.seen_total - self.seen[:, left].sum(1, dtype=np.int32))
+        return best, classes_of(most, _without(out, self.seen_total, self.seen))
 
 
 class Counts:
@@ -151,10 +162,12 @@ class Counts:
         code, best, classes = self._lookups[out]
         cells = self.cells.slice(item)
         contexts = self._sources.row[:, cells]
-        value = self._sources.values[best[contexts], np.arange(cells.start, cells.stop)]
-        known = np.where(value == UNAVAILABLE, 0, classes[contexts])
-        from_sources = np.where(known > 0, value, 0) + 10 * known
-        return np.concatenate([code[self._colours.row[:, cells]], from_sources.astype(np.uint8)])
+        values = self._sources.values
+        value = values.reshape(-1).take(best.take(contexts) * values.shape[1] + np.arange(cells.start, cells.stop))
+        known = classes.take(contexts)
+        known[value == UNAVAILABLE] = 0
+        from_sources = np.where(known > 0, value, np.uint8(0)) + np.uint8(10) * known
+        return np.concatenate([code.take(self._colours.row[:, cells]), from_sources])
 
 
 def _contexts(cells: OutputCells, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,16 +179,22 @@ def _contexts(cells: OutputCells, values: np.ndarray) -> tuple[np.ndarray, np.nd
         name: values[SOURCE_NUMBER[name[1:]]].astype(np.int64) if name[0] == "$" else cells.feature(name)
         for name in names
     }
-    contexts = np.empty((NUM_HASHED_TABLES, len(cells)), np.int64)
-    width = np.empty(NUM_HASHED_TABLES, np.int64)
-    grids = len(cells.canvas.grids)
-    for t, table in enumerate(tables):
-        _, inverse = np.unique(combine([feature[name] for name in table.features]), return_inverse=True)
-        present = np.bincount(inverse * grids + cells.grid, minlength=(inverse.max() + 1) * grids) > 0
-        shared = present.reshape(-1, grids).sum(1) > 1
-        contexts[t] = np.where(shared, np.cumsum(shared), 0)[inverse]
-        width[t] = shared.sum() + 1
-    return contexts, width
+    hashes = np.stack([combine([feature[name] for name in table.features]) for table in tables])
+    order = hashes.argsort(axis=1)
+    hashes, grid = np.take_along_axis(hashes, order, axis=1), cells.grid[order]
+    first = np.ones(order.shape, bool)  # of the cells of its context, in this order
+    first[:, 1:] = hashes[:, 1:] != hashes[:, :-1]
+    group = first.reshape(-1).cumsum() - 1  # numbers the contexts of all tables
+    crosses = np.zeros(order.shape, bool)  # cells of one context that follow each other, of two grids
+    crosses[:, 1:] = ~first[:, 1:] & (grid[:, 1:] != grid[:, :-1])
+    shared = np.bincount(group[crosses.reshape(-1)], minlength=int(group[-1]) + 1) > 0
+    table_of = np.flatnonzero(first.reshape(-1)) // len(cells)
+    number = np.cumsum(shared)
+    before = np.concatenate([[0], number[np.cumsum(np.bincount(table_of)) - 1]])  # shared contexts of earlier tables
+    number = np.where(shared, number - before[table_of], 0)
+    contexts = np.empty(order.shape, np.int64)
+    np.put_along_axis(contexts, order, number[group].reshape(order.shape), axis=1)
+    return contexts, np.diff(before) + 1
 
 
 class TaskEvidence:
