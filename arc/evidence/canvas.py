@@ -47,37 +47,39 @@ def combine(parts: Sequence[np.ndarray]) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------
 # Connected components
 # ----------------------------------------------------------------------------------------------------------------
-_STEPS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, 0), (1, 1), (1, -1))}
-
-
 def components(key: np.ndarray, connectivity: int) -> np.ndarray:
     """Label connected cells of equal `key` (G, H, W); cells with a negative key belong to nothing.
 
     Returns int64 labels of the same shape: -1 for nothing, else 0..n-1 in order of each component's first cell.
-    Minimum-label hooking over the edge list with pointer jumping, so the number of rounds is logarithmic.
+    Minimum-label hooking over runs of cells along rows with pointer jumping, so the number of rounds is logarithmic.
     """
-    index = np.arange(key.size).reshape(key.shape)
-    _, height, width = key.shape
-    heads, tails = [], []
-    for dr, dc in _STEPS[connectivity]:
-        here = (slice(None), slice(0, height - dr), slice(max(0, -dc), width - max(0, dc)))
-        there = (slice(None), slice(dr, height), slice(max(0, dc), width - max(0, -dc)))
-        linked = (key[here] == key[there]) & (key[here] >= 0)
-        heads.append(index[here][linked])
-        tails.append(index[there][linked])
-    a, b = np.concatenate(heads), np.concatenate(tails)
-    root = np.arange(key.size)
+    grids, height, width = key.shape
+    stride = width + 1
+    flat = np.full((grids, height + 1, stride), -1, key.dtype)  # a cell of nothing behind every row and grid
+    flat[:, :height, :width] = key
+    flat = flat.reshape(-1)
+    index = np.arange(flat.size)
+    root = np.maximum.accumulate(np.where(flat[1:] == flat[:-1], 0, index[1:]), out=index[1:].copy())
+    root = np.concatenate([index[:1], root])  # first cell of each run along a row
+    heads = [
+        np.flatnonzero((flat[step:] == flat[:-step]) & (flat[step:] >= 0)) for step in _steps(connectivity, stride)
+    ]
+    a = root[np.concatenate(heads)]
+    b = root[np.concatenate([head + step for head, step in zip(heads, _steps(connectivity, stride), strict=True)])]
     while len(a):
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        np.minimum.at(root, high, low)
-        while not np.array_equal(jumped := root[root], root):
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while not ((jumped := root[root]) == root).all():
             root = jumped
-        open_edges = root[a] != root[b]
-        a, b = a[open_edges], b[open_edges]
-    active = key.reshape(-1) >= 0
-    labels = np.full(key.size, -1)
-    labels[active] = np.unique(root[active], return_inverse=True)[1]
-    return labels.reshape(key.shape)
+        a, b = root[a], root[b]
+        a, b = a[a != b], b[a != b]
+    first = (root == index) & (flat >= 0)
+    labels = np.where(flat >= 0, (np.cumsum(first) - 1)[root], -1)
+    return labels.reshape(grids, height + 1, stride)[:, :height, :width]
+
+
+def _steps(connectivity: int, stride: int) -> tuple[int, ...]:
+    """Steps from a cell to its neighbours in the next row, in cells."""
+    return (stride,) if connectivity == 4 else (stride - 1, stride, stride + 1)
 
 
 class Objects:
@@ -96,17 +98,27 @@ class Objects:
         self.count = count = int(self.of.max()) + 1 if len(cells) else 0
         plane, width = canvas.shape[1] * canvas.shape[2], canvas.shape[2]
         self.row, self.col = cells % plane // width, cells % width
-        cell_colour = canvas.reshape(-1)[cells]
         self.size = np.bincount(self.of, minlength=count)
-        self.first = np.full(count, canvas.size)
-        np.minimum.at(self.first, self.of, cells)
+        self.first, last = np.empty(count, np.int64), np.empty(count, np.int64)
+        self.first[self.of[::-1]] = cells[::-1]
+        last[self.of] = cells
         self.grid, self.colour = self.first // plane, canvas.reshape(-1)[self.first]
-        self.top, self.bottom = _extremes(self.row, self.of, count)
-        self.left, self.right = _extremes(self.col, self.of, count)
+        self.top, self.bottom = self.first % plane // width, last % plane // width  # cells are in reading order
+        self.left, self.right = np.full(count, width), np.full(count, -1)
+        np.minimum.at(self.left, self.of, self.col)
+        np.maximum.at(self.right, self.of, self.col)
         self.height, self.width = self.bottom - self.top + 1, self.right - self.left + 1
-        self.colours = (np.bincount(self.of * 11 + cell_colour, minlength=count * 11).reshape(count, 11) > 0).sum(1)
-        last_row, last_col = heights[self.grid] - 1, widths[self.grid] - 1
-        self.touches = (self.top == 0) | (self.left == 0) | (self.bottom == last_row) | (self.right == last_col)
+        self._last_row, self._last_col = heights - 1, widths - 1
+
+    @cached_property
+    def colours(self) -> np.ndarray:
+        cell_colour = self.canvas.reshape(-1)[self.cells]
+        return (np.bincount(self.of * 11 + cell_colour, minlength=self.count * 11).reshape(-1, 11) > 0).sum(1)
+
+    @cached_property
+    def touches(self) -> np.ndarray:
+        bottom, right = self._last_row[self.grid], self._last_col[self.grid]
+        return (self.top == 0) | (self.left == 0) | (self.bottom == bottom) | (self.right == right)
 
     @cached_property
     def offsets(self) -> tuple[np.ndarray, np.ndarray]:
@@ -145,14 +157,28 @@ class Objects:
         """How many components of the same grid have the same shape in some orientation, itself included."""
         return self.twins(self.shape_any)
 
+    @cached_property
+    def areas(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of each component's bounding box, inside its grid."""
+        bounds = (self.top, self.bottom + 1, self.left, self.right + 1)
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(*(bound.tolist() for bound in bounds), strict=True)]
+
     def area(self, index: int) -> tuple[slice, slice]:
         """Rows and columns of a component's bounding box, inside its grid."""
-        rows = slice(int(self.top[index]), int(self.bottom[index]) + 1)
-        return rows, slice(int(self.left[index]), int(self.right[index]) + 1)
+        return self.areas[index]
 
     def box(self, index: int) -> np.ndarray:
         """The part of the canvas inside a component's bounding box."""
-        return self.canvas[self.grid[index], *self.area(index)]
+        return self.canvas[self.grid[index], *self.areas[index]]
+
+    @cached_property
+    def symmetries(self) -> np.ndarray:
+        """How many of the two mirror images of each component's coloured box equal the box itself."""
+        result = np.full(self.count, 2)
+        for index in np.flatnonzero(self.height * self.width > 1).tolist():
+            box = self.box(index)
+            result[index] = int((box == box[::-1]).all()) + int((box == box[:, ::-1]).all())
+        return result
 
     def twins(self, value: np.ndarray) -> np.ndarray:
         """How many components of the same grid share each component's `value`."""
@@ -172,18 +198,13 @@ class Objects:
         return plane.reshape(self.labels.shape)
 
 
-def _extremes(value: np.ndarray, of: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.full(count, 99), np.full(count, -1)
-    np.minimum.at(low, of, value)
-    np.maximum.at(high, of, value)
-    return low, high
-
-
 def dense_rank(group: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Rank of each distinct value inside its group, 0 for the smallest."""
-    pairs, inverse = np.unique(np.stack([group, value], 1), axis=0, return_inverse=True)
-    start = np.searchsorted(pairs[:, 0], pairs[:, 0])  # first distinct pair of each group
-    return (np.arange(len(pairs)) - start)[inverse.reshape(-1)]
+    low = value.min(initial=0)
+    span = int(value.max(initial=0) - low) + 1
+    pairs, inverse = np.unique(group * span + (value - low), return_inverse=True)
+    start = np.searchsorted(pairs, pairs // span * span)  # first distinct pair of each group
+    return (np.arange(len(pairs)) - start)[inverse]
 
 
 # ----------------------------------------------------------------------------------------------------------------

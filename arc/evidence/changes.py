@@ -9,6 +9,7 @@ import numpy as np
 
 from arc.evidence.canvas import OUTSIDE, Objects, Step, region_rim
 from arc.evidence.drawing import DRAWINGS
+from arc.evidence.moves import draw_moved, front, shape_masks, slide, wall
 from arc.evidence.restore import MASKS, mirrored, repeated
 from arc.evidence.scene import (
     Grid,
@@ -217,9 +218,10 @@ def _box_filled(scene: Scene) -> Grid | None:
     if not shapes.count:
         return None
     result = scene.grid.copy()
-    for index in np.argsort(-shapes.size, kind="stable"):
-        area = shapes.area(index)
-        result[area] = np.where(result[area] == scene.background, shapes.colour[index], result[area])
+    colours = shapes.colour.tolist()
+    for index in np.argsort(-shapes.size, kind="stable").tolist():
+        box = result[shapes.areas[index]]
+        box[box == scene.background] = colours[index]
     return result
 
 
@@ -231,8 +233,7 @@ def _objects_mirrored(kind: str, mirror: Callable[[Grid], Grid]) -> Transform:
         if not objects.count:
             return None
         result = scene.grid.copy()
-        for index in range(objects.count):
-            area = objects.area(index)
+        for area in objects.areas:
             result[area] = mirror(scene.grid[area])
         return result
 
@@ -259,21 +260,14 @@ def _falling_objects(dr: int, dc: int) -> Transform:
         shapes = scene.canvas.shapes
         if not 0 < shapes.count <= 12:
             return None
-        height, width = scene.grid.shape
-        front = {(1, 0): shapes.bottom, (-1, 0): -shapes.top, (0, 1): shapes.right, (0, -1): -shapes.left}[dr, dc]
-        order = np.argsort(-front, kind="stable")  # the foremost object moves first
-        taken = np.zeros(scene.grid.shape, bool)
-        result = np.full_like(scene.grid, scene.background)
+        masks, blocked = shape_masks(scene), wall(scene)
+        steps = np.zeros(shapes.count, np.int64)
+        order = front(shapes, (dr, dc))  # the foremost object moves first; others are not in its way
         for index in order:
-            own = shapes.of == index
-            rows, cols = shapes.row[own], shapes.col[own]
-            while True:
-                r, c = rows + dr, cols + dc
-                if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width or taken[r, c].any():
-                    break
-                rows, cols = r, c
-            taken[rows, cols] = True
-            result[rows, cols] = shapes.colour[index]
+            steps[index], mask = slide(scene, masks[index], (dr, dc), blocked)
+            blocked |= mask
+        result = np.full_like(scene.grid, scene.background)
+        draw_moved(result, shapes, order, dr * steps, dc * steps)
         return result
 
     return change
@@ -281,9 +275,10 @@ def _falling_objects(dr: int, dc: int) -> Transform:
 
 def _line_majority(scene: Scene) -> Grid | None:
     """Every row (or every column, whichever is purer) in its commonest colour."""
-    best = None
+    best: tuple[int, Grid] | None = None
+    colours = np.arange(10)
     for view, turned in ((scene.grid, False), (scene.grid.T, True)):
-        counts = np.stack([(view == colour).sum(1) for colour in range(10)], 1)  # (lines, 10)
+        counts = (view[:, :, None] == colours).sum(1)  # (lines, 10)
         fit = int(counts.max(1).sum())
         if best is None or fit > best[0]:
             stripes = np.repeat(counts.argmax(1)[:, None], view.shape[1], 1).astype(np.uint8)

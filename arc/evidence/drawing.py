@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, region_rim, shifted
-from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, lines, once, spans
+from arc.evidence.moves import draw_moved, front, moved, shape_masks, slide, wall
+from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, once, spans
 
 Mask = np.ndarray
 Place = tuple[np.ndarray, np.ndarray]  # rows and columns
@@ -161,7 +162,7 @@ def _pivot_of(choice: Choice) -> Callable[[Scene], tuple[int, int] | None]:
 
 def _pivot_of_lines(scene: Scene) -> tuple[int, int] | None:
     """The middle of the full lines that cross the grid."""
-    rows, cols, colour = lines(scene.grid)
+    rows, cols, colour = scene.lines
     if colour is None:
         return None
     height, width = scene.grid.shape
@@ -221,7 +222,7 @@ def clusters_symmetric(*mirrors: Callable[[Grid], Grid]) -> Transform:
 # Moves
 # ----------------------------------------------------------------------------------------------------------------
 def moved_to(choice: Choice) -> Transform:
-    """Every other object moves straight, up to 30 steps, until it touches what is chosen (if it lies in its way)."""
+    """Every other object moves straight until it touches what is chosen (if it lies in its way)."""
 
     def change(scene: Scene) -> Grid | None:
         anchor = choice(scene)
@@ -229,24 +230,24 @@ def moved_to(choice: Choice) -> Transform:
         if anchor is None or not 1 < shapes.count <= 30:
             return None
         rows, cols = np.flatnonzero(anchor.any(1)), np.flatnonzero(anchor.any(0))
-        result = np.where(anchor, scene.grid, scene.background).astype(np.uint8)
-        height, width = anchor.shape
-        for index in range(shapes.count):
-            own = shapes.of == index
-            row, col = shapes.row[own], shapes.col[own]
-            if anchor[row[0], col[0]]:
-                continue
-            dr = int(rows[0] > shapes.bottom[index]) - int(rows[-1] < shapes.top[index])
-            dc = int(cols[0] > shapes.right[index]) - int(cols[-1] < shapes.left[index])
-            if (dr == 0) != (dc == 0):
-                for step in range(1, 30):
-                    r, c = row + dr * step, col + dc * step
-                    if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width:
-                        break
-                    if (result[r, c] != scene.background).any():
-                        row, col = r - dr, c - dc
-                        break
-            result[row, col] = shapes.colour[index]
+        down = (shapes.bottom < rows[0]).astype(np.int64) - (shapes.top > rows[-1])
+        right = (shapes.right < cols[0]).astype(np.int64) - (shapes.left > cols[-1])
+        masks, borders = shape_masks(scene), wall(scene)
+        chosen = anchor.reshape(-1)[shapes.first].tolist()
+        taken = sum(mask for mask, anchored in zip(masks, chosen, strict=True) if anchored)
+        order, steps = (
+            [index for index, anchored in enumerate(chosen) if not anchored],
+            np.zeros(shapes.count, np.int64),
+        )
+        for index in order:
+            step, mask = (int(down[index]), int(right[index])), masks[index]
+            if (step[0] == 0) != (step[1] == 0):
+                far, place = slide(scene, mask, step, taken | borders)
+                if not moved(scene, place, step) & borders:
+                    steps[index], mask = far, place
+            taken |= mask
+        result = np.where(anchor, scene.grid, np.uint8(scene.background))
+        draw_moved(result, shapes, order, down * steps, right * steps)
         return result
 
     return change
@@ -260,21 +261,15 @@ def falling(choice: Choice, dr: int, dc: int) -> Transform:
         shapes = scene.canvas.shapes
         if chosen is None or not 0 < shapes.count <= 40:
             return None
-        moving = [k for k in range(shapes.count) if chosen.reshape(-1)[shapes.first[k]]]
-        front = {DOWN: shapes.bottom, UP: -shapes.top, RIGHT: shapes.right, LEFT: -shapes.left}[dr, dc]
-        result = np.where(chosen, scene.background, scene.grid).astype(np.uint8)
-        height, width = chosen.shape
-        for index in sorted(moving, key=lambda k: -int(front[k])):
-            own = shapes.of == index
-            row, col = shapes.row[own], shapes.col[own]
-            while True:
-                r, c = row + dr, col + dc
-                if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width:
-                    break
-                if (result[r, c] != scene.background).any():
-                    break
-                row, col = r, c
-            result[row, col] = shapes.colour[index]
+        moving = chosen.reshape(-1)[shapes.first].tolist()
+        masks = shape_masks(scene)
+        blocked = wall(scene) | sum(mask for mask, moves in zip(masks, moving, strict=True) if not moves)
+        order, steps = [index for index in front(shapes, (dr, dc)) if moving[index]], np.zeros(shapes.count, np.int64)
+        for index in order:
+            steps[index], mask = slide(scene, masks[index], (dr, dc), blocked)
+            blocked |= mask
+        result = np.where(chosen, np.uint8(scene.background), scene.grid)
+        draw_moved(result, shapes, order, dr * steps, dc * steps)
         return result
 
     return change
@@ -489,7 +484,7 @@ def panels_kept(pick: Callable[[list[Grid]], int], fill: bool) -> Transform:
         if not panels:
             return None
         best = pick([np.where(p == scene.background, 0, 1) for p in panels])
-        _, _, line_colour = lines(scene.grid)
+        _, _, line_colour = scene.lines
         result = np.where(scene.grid == line_colour, scene.grid, scene.background).astype(np.uint8)
         top, left = _panel_corners(scene)[best]
         height, width = panels[best].shape
@@ -503,7 +498,7 @@ def panels_kept(pick: Callable[[list[Grid]], int], fill: bool) -> Transform:
 
 
 def _panel_corners(scene: Scene) -> list[tuple[int, int]]:
-    rows, cols, _ = lines(scene.grid)
+    rows, cols, _ = scene.lines
     height, width = scene.grid.shape
     return [(a, c) for a, _ in spans(rows, height) for c, _ in spans(cols, width)]
 

@@ -88,7 +88,8 @@ def window_planes(canvas: Canvas) -> Planes:
 
     def any_way(source: dict[tuple[int, int], np.ndarray], offsets: list[tuple[int, int]]) -> np.ndarray:
         """Hash of a window that is the same in all eight orientations."""
-        return np.minimum.reduce([sum(source[o] * key[turn(o)] for o in offsets) for turn in _ORIENTATIONS])
+        keys = np.array([[key[turn(o)] for o in offsets] for turn in _ORIENTATIONS])  # (8, offsets)
+        return (keys @ np.stack([source[o].reshape(-1) for o in offsets])).min(0).reshape(x.shape)
 
     fg_near = {o: look(padded_fg, *o) for o in near}
     return {

@@ -34,10 +34,11 @@ def colour_map(result: Grid, output: Grid) -> np.ndarray | None:
     """The map that turns `result` into `output` colour by colour, (10,) with UNKNOWN; None where there is none."""
     if result.shape != output.shape:
         return None
-    present = np.bincount((result.astype(np.int64) * 10 + output).reshape(-1), minlength=100).reshape(10, 10) > 0
-    if (present.sum(1) > 1).any():
+    pairs = set((result << 4 | output).tobytes())  # colours fit in four bits
+    replaced = dict((pair >> 4, pair & 15) for pair in pairs)
+    if len(replaced) < len(pairs):
         return None
-    return np.where(present.any(1), present.argmax(1), UNKNOWN)
+    return np.array([replaced.get(colour, UNKNOWN) for colour in range(10)])
 
 
 class ProgramSearch:
@@ -46,8 +47,9 @@ class ProgramSearch:
     def __init__(self, inputs: Sequence[Grid], outputs: Sequence[Grid], test_inputs: Sequence[Grid]):
         self.n, self.outputs = len(outputs), list(outputs)
         self.grids = [*inputs, *test_inputs]
-        self._scenes: dict[tuple[tuple[int, int], bytes], Scene] = {}
-        self._changed: dict[tuple[int, str], Grid | None] = {}
+        self._scenes: dict[tuple[Shape, bytes], Scene] = {}
+        self._changed: dict[str, dict[Scene, Grid | None]] = {change: {} for change in CHANGES}
+        self._results: dict[tuple[Shape, bytes], Grid] = {}
         self._maps: dict[tuple[int, int], np.ndarray | None] = {}
         self.allowed = min(MAX_LEFT_OUT, self.n - 1)  # so many demonstrations may fail
         self._same_as: dict[str, str] = {}
@@ -63,6 +65,7 @@ class ProgramSearch:
         key = (grid.shape, grid.tobytes())
         if key not in self._scenes:
             self._scenes[key] = Scene(np.ascontiguousarray(grid))
+            self._results[key] = self._scenes[key].grid
         return self._scenes[key]
 
     def _cut_all(self) -> dict[str, tuple[Scene | None, ...]]:
@@ -79,13 +82,16 @@ class ProgramSearch:
 
     def result(self, index: int, cut: str, change: str) -> Grid | None:
         """What the program makes of grid `index` (demonstration inputs first, then test inputs)."""
-        scene = self.cuts[self._same_as[cut]][index]
+        return self._result(self.cuts[self._same_as[cut]][index], change)
+
+    def _result(self, scene: Scene | None, change: str) -> Grid | None:
         if scene is None or not change:
             return None if scene is None else scene.grid
-        key = (id(scene), change)
-        if key not in self._changed:
-            self._changed[key] = _legal(CHANGES[change].apply(scene))
-        return self._changed[key]
+        found = self._changed[change]
+        if scene not in found:
+            grid = _legal(CHANGES[change].apply(scene))
+            found[scene] = None if grid is None else self._results.setdefault((grid.shape, grid.tobytes()), grid)
+        return found[scene]
 
     def _search(self) -> list[Program]:
         """Programs by order of declaration; where shapes alone rule one out it is not run."""
@@ -118,18 +124,18 @@ class ProgramSearch:
     def _fits(self, cut: str, change: str) -> tuple[np.ndarray | None, ...] | None:
         """Colour maps on all demonstrations; None as soon as too many fail for any query to use the program."""
         failures, maps = 0, []
-        for index, output in enumerate(self.outputs):
-            result = self.result(index, cut, change)
-            maps.append(None if result is None else self._map_once(index, result, output))
+        for index, scene in enumerate(self.cuts[cut][: self.n]):
+            result = self._result(scene, change)
+            maps.append(None if result is None else self._map_once(index, result))
             failures += maps[-1] is None
             if failures > self.allowed:
                 return None
         return tuple(maps)
 
-    def _map_once(self, index: int, result: Grid, output: Grid) -> np.ndarray | None:
-        key = (index, id(result))  # results are kept, so their ids are not reused
+    def _map_once(self, index: int, result: Grid) -> np.ndarray | None:
+        key = (index, id(result))  # results are kept, so their ids are not reused; of equal results one is kept
         if key not in self._maps:
-            self._maps[key] = colour_map(result, output)
+            self._maps[key] = colour_map(result, self.outputs[index])
         return self._maps[key]
 
     def fitting(self, usable: Sequence[int]) -> list[tuple[int, np.ndarray]]:
@@ -170,6 +176,7 @@ class ProgramSearch:
 
 
 def _legal(grid: Grid | None) -> Grid | None:
-    if grid is None or min(grid.shape) < 1 or max(grid.shape) > 30:
+    if grid is None:
         return None
-    return grid
+    height, width = grid.shape
+    return grid if 0 < height <= 30 and 0 < width <= 30 else None

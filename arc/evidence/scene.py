@@ -66,9 +66,13 @@ class Scene:
         return ranked_colours(self.counts, self.background)
 
     @cached_property
+    def lines(self) -> tuple[list[int], list[int], int | None]:
+        return lines(self.grid)
+
+    @cached_property
     def panels(self) -> list[Grid]:
         """Equal panels between full lines of one colour, in reading order; else the halves the grid falls into."""
-        rows, cols, colour = lines(self.grid)
+        rows, cols, colour = self.lines
         if colour is None:
             return []
         height, width = self.grid.shape
@@ -124,19 +128,15 @@ def lines(grid: np.ndarray) -> tuple[list[int], list[int], int | None]:
 
     The colour is the one with the most such lines (ties: the smaller); the grid's commonest colour does not count.
     """
-    flat_rows = [int(row[0]) if (row == row[0]).all() else -1 for row in grid]
-    flat_cols = [int(col[0]) if (col == col[0]).all() else -1 for col in grid.T]
-    tally = np.bincount([c for c in flat_rows + flat_cols if c >= 0], minlength=10)
-    values, counts = np.unique(grid, return_counts=True)
-    tally[values[counts.argmax()]] = 0
+    row_colour, row_flat = grid[:, 0], (grid == grid[:, :1]).all(1)
+    col_colour, col_flat = grid[0], (grid == grid[:1]).all(0)
+    tally = np.bincount(np.concatenate([row_colour[row_flat], col_colour[col_flat]]), minlength=10)
+    tally[np.bincount(grid.reshape(-1), minlength=10).argmax()] = 0
     if not tally.any():
         return [], [], None
     colour = int(tally.argmax())
-    return (
-        [r for r, c in enumerate(flat_rows) if c == colour],
-        [k for k, c in enumerate(flat_cols) if c == colour],
-        colour,
-    )
+    rows = np.flatnonzero(row_flat & (row_colour == colour)).tolist()
+    return rows, np.flatnonzero(col_flat & (col_colour == colour)).tolist(), colour
 
 
 def spans(separators: Sequence[int], length: int) -> list[tuple[int, int]]:
