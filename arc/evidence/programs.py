@@ -8,12 +8,12 @@ out: a program serves a query if it fits every *usable* demonstration with colou
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.changes import CHANGES
+from arc.evidence.changes import CHANGES, Reach
 from arc.evidence.cuts import CUTS
 from arc.evidence.scene import Grid, Scene, Shape
 
@@ -96,36 +96,37 @@ class ProgramSearch:
     def _search(self) -> list[Program]:
         """Programs by order of declaration; where shapes alone rule one out it is not run."""
         programs: list[Program] = []
-        by_shape: dict[tuple[tuple[int, int] | None, ...], list[str]] = {}
-        for name, scenes in self.cuts.items():
-            by_shape.setdefault(tuple(None if s is None else s.grid.shape for s in scenes[: self.n]), []).append(name)
-        order = {name: k for k, name in enumerate(self.cuts)}
-        possible: dict[Callable[[Shape, Shape], bool], list[str]] = {}  # most changes share one of few rules of shapes
+        possible: dict[Reach, dict[str, tuple[bool, ...]]] = {}  # most changes share one of few rules of shapes
         for change in ("", *CHANGES):
             may = CHANGES[change].may if change else operator.eq
             if may not in possible:
-                fits = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
-                possible[may] = sorted(fits, key=order.__getitem__)
-            for cut in possible[may]:
-                if change and not CHANGES[change].on_parts and cut != "all":
-                    continue
-                maps = self._fits(cut, change)
+                possible[may] = self._possible(may)
+            on_parts = not change or CHANGES[change].on_parts
+            for cut, fitting in possible[may].items():
+                maps = self._fits(cut, change, fitting) if on_parts or cut == "all" else None
                 if maps is not None:
                     programs.append(Program(cut, change, maps))
         return programs
 
-    def _possible(self, shapes: tuple[Shape | None, ...], may: Callable[[Shape, Shape], bool]) -> bool:
-        """Whether enough demonstrations may fit, to judge by the shapes before and after."""
-        fails = 0
-        for shape, output in zip(shapes, self.outputs, strict=True):
-            fails += shape is None or not may(shape, output.shape)
-        return fails <= self.allowed
+    def _possible(self, may: Reach) -> dict[str, tuple[bool, ...]]:
+        """Cuts of which enough demonstrations may fit, and which, to judge by the shapes before and after."""
+        possible = {}
+        judged: dict[tuple[Shape | None, ...], tuple[bool, ...]] = {}
+        for name, scenes in self.cuts.items():
+            shapes = tuple(None if scene is None else scene.grid.shape for scene in scenes[: self.n])
+            if shapes not in judged:
+                pairs = zip(shapes, self.outputs, strict=True)
+                judged[shapes] = tuple(shape is not None and may(shape, output.shape) for shape, output in pairs)
+            if self.n - sum(judged[shapes]) <= self.allowed:
+                possible[name] = judged[shapes]
+        return possible
 
-    def _fits(self, cut: str, change: str) -> tuple[np.ndarray | None, ...] | None:
-        """Colour maps on all demonstrations; None as soon as too many fail for any query to use the program."""
+    def _fits(self, cut: str, change: str, fitting: tuple[bool, ...]) -> tuple[np.ndarray | None, ...] | None:
+        """Colour maps on all demonstrations, of which those of `fitting` may have one; None as soon as too many fail
+        for any query to use the program."""
         failures, maps = 0, []
         for index, scene in enumerate(self.cuts[cut][: self.n]):
-            result = self._result(scene, change)
+            result = self._result(scene, change) if fitting[index] else None
             maps.append(None if result is None else self._map_once(index, result))
             failures += maps[-1] is None
             if failures > self.allowed:
