@@ -96,7 +96,7 @@ class SourceCounts:
     row: np.ndarray  # (source tables, N): each cell's row in `seen` and `hits`
     values: np.ndarray  # (S, N) uint8: at every cell the sources that differ in the demonstrations' cells they hit
     seen: np.ndarray  # (n, contexts) int16, by demonstration
-    hits: np.ndarray  # (n, contexts, S) int16
+    hits: np.ndarray  # (n, contexts, S and none at the end up to a multiple of 4) int16
     seen_total: np.ndarray  # (contexts,) int32
     hits_total: np.ndarray  # (contexts, S) int32
 
@@ -111,22 +111,25 @@ class SourceCounts:
         for source, pattern in enumerate(hit):
             first.setdefault(pattern.tobytes(), source)
         different = list(first.values())  # of sources that are right in the same cells only the first can be chosen
-        values, hit = values[different], np.ascontiguousarray(hit[different].T)
+        values, hit = values[different], hit[different]
+        lanes = np.zeros((len(pair), -(-len(values) // 4) * 4), np.int16)  # hits of a cell, four sources to a word:
+        lanes[:, : len(values)] = hit.T  # one demonstration has at most 900 cells, so words add up without a carry
+        words = lanes.view(np.int64)
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
         total = int(offset[-1])
         flat = pair * total + row[:, : len(pair)]  # (tables, N_demo)
         seen = np.bincount(flat.reshape(-1), minlength=n * total).astype(np.int16).reshape(n, total)
         seen[:, offset[:-1]] = 0
-        hits = np.zeros((n * total, len(values)), np.int16)
+        hits = np.zeros((n * total, words.shape[1]), np.int64)
         for t in range(NUM_SOURCE_TABLES):
             cells = np.flatnonzero(context[t, : len(pair)])
-            cells = cells[np.argsort(flat[t, cells], kind="stable")]
+            cells = cells[flat[t, cells].argsort()]
             if len(cells):
                 key = flat[t, cells]
                 starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-                hits[key[starts]] = np.add.reduceat(hit[cells], starts, axis=0, dtype=np.int16)
-        by_pair = hits.reshape(n, total, len(values))
+                hits[key[starts]] = np.add.reduceat(words[cells], starts, axis=0)
+        by_pair = hits.view(np.int16).reshape(n, total, -1)
         return cls(row, values, seen, by_pair, seen.sum(0, dtype=np.int32), by_pair.sum(0, dtype=np.int32))
 
     def best(self, out: Out) -> tuple[np.ndarray, np.ndarray]:

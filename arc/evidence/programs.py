@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -35,10 +36,14 @@ def colour_map(result: Grid, output: Grid) -> np.ndarray | None:
     if result.shape != output.shape:
         return None
     pairs = set((result << 4 | output).tobytes())  # colours fit in four bits
-    replaced = dict((pair >> 4, pair & 15) for pair in pairs)
-    if len(replaced) < len(pairs):
+    if len(pairs) > 10:
         return None
-    return np.array([replaced.get(colour, UNKNOWN) for colour in range(10)])
+    replaced = [UNKNOWN] * 10
+    for pair in pairs:
+        if replaced[pair >> 4] != UNKNOWN:
+            return None
+        replaced[pair >> 4] = pair & 15
+    return np.array(replaced)
 
 
 class ProgramSearch:
@@ -108,18 +113,24 @@ class ProgramSearch:
                     programs.append(Program(cut, change, maps))
         return programs
 
+    @cached_property
+    def _by_shapes(self) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
+        """Cuts, numbered by order of declaration, by the shapes they leave of the demonstrations."""
+        groups: dict[tuple[Shape | None, ...], list[tuple[int, str]]] = {}
+        for number, (name, scenes) in enumerate(self.cuts.items()):
+            shapes = tuple(None if scene is None else scene.grid.shape for scene in scenes[: self.n])
+            groups.setdefault(shapes, []).append((number, name))
+        return groups
+
     def _possible(self, may: Reach) -> dict[str, tuple[bool, ...]]:
         """Cuts of which enough demonstrations may fit, and which, to judge by the shapes before and after."""
-        possible = {}
-        judged: dict[tuple[Shape | None, ...], tuple[bool, ...]] = {}
-        for name, scenes in self.cuts.items():
-            shapes = tuple(None if scene is None else scene.grid.shape for scene in scenes[: self.n])
-            if shapes not in judged:
-                pairs = zip(shapes, self.outputs, strict=True)
-                judged[shapes] = tuple(shape is not None and may(shape, output.shape) for shape, output in pairs)
-            if self.n - sum(judged[shapes]) <= self.allowed:
-                possible[name] = judged[shapes]
-        return possible
+        possible = []
+        for shapes, cuts in self._by_shapes.items():
+            pairs = zip(shapes, self.outputs, strict=True)
+            fitting = tuple([shape is not None and may(shape, output.shape) for shape, output in pairs])
+            if self.n - sum(fitting) <= self.allowed:
+                possible += [(number, name, fitting) for number, name in cuts]
+        return {name: fitting for _, name, fitting in sorted(possible)}
 
     def _fits(self, cut: str, change: str, fitting: tuple[bool, ...]) -> tuple[np.ndarray | None, ...] | None:
         """Colour maps on all demonstrations, of which those of `fitting` may have one; None as soon as too many fail
