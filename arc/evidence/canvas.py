@@ -5,7 +5,7 @@ Everything here is a function of input grids. No output grid is ever seen by thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -109,6 +109,7 @@ class Objects:
         np.maximum.at(self.right, self.of, self.col)
         self.height, self.width = self.bottom - self.top + 1, self.right - self.left + 1
         self._last_row, self._last_col = heights - 1, widths - 1
+        self._best_boxes: dict[Callable[[Objects], np.ndarray], list[tuple[int, int] | None]] = {}
 
     @cached_property
     def colours(self) -> np.ndarray:
@@ -179,6 +180,31 @@ class Objects:
             box = self.box(index)
             result[index] = int((box == box[::-1]).all()) + int((box == box[:, ::-1]).all())
         return result
+
+    @cached_property
+    def per_grid(self) -> list[int]:
+        """How many components each grid has; those of a grid follow each other."""
+        return np.bincount(self.grid, minlength=self.labels.shape[0]).tolist()
+
+    def best_boxes(self, key: Callable[[Objects], np.ndarray]) -> list[tuple[int, int] | None]:
+        """For each grid the size of the box of the component with the largest key; None where there is no component, or
+        two of different size share the largest key."""
+        if key not in self._best_boxes:
+            self._best_boxes[key] = self._find_best_boxes(key(self))
+        return self._best_boxes[key]
+
+    def _find_best_boxes(self, key: np.ndarray) -> list[tuple[int, int] | None]:
+        boxes: list[tuple[int, int] | None] = [None] * self.labels.shape[0]
+        grids = np.flatnonzero(self.per_grid)
+        if len(grids):
+            first = np.searchsorted(self.grid, grids)
+            best = key == np.maximum.reduceat(key, first).repeat(np.diff(first, append=self.count))
+            size = self.height * 32 + self.width
+            least = np.minimum.reduceat(np.where(best, size, 2**15), first).tolist()
+            most = np.maximum.reduceat(np.where(best, size, 0), first).tolist()
+            for grid, low, high in zip(grids.tolist(), least, most, strict=True):
+                boxes[grid] = divmod(low, 32) if low == high else None
+        return boxes
 
     def twins(self, value: np.ndarray) -> np.ndarray:
         """How many components of the same grid share each component's `value`."""

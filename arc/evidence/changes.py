@@ -366,11 +366,13 @@ class Change:
 
     may: whether a grid of one shape (the first) can become one of another (the second).
     on_parts: whether programs try it on every cut of a grid; else on the whole grid only.
+    adds_colours: whether the result can have a colour that the grid does not have.
     """
 
     apply: Transform
     may: Reach
     on_parts: bool = True
+    adds_colours: bool = False
 
 
 def _turn_left(grid: Grid) -> Grid:
@@ -497,8 +499,11 @@ def _same_shape() -> dict[str, Transform]:
 def _changes() -> dict[str, Change]:
     changes = {name: Change(_of_grid(change), may) for name, (change, may) in _MIRRORS_AND_COPIES.items()}
     changes |= _RESHAPING
-    changes |= {name: Change(change, _keeps) for name, change in _same_shape().items()}
-    return changes | {name: Change(change, _keeps, on_parts=False) for name, change in DRAWINGS.items()}
+    for name, change in _same_shape().items():
+        changes[name] = Change(change, _keeps, adds_colours=name.startswith("numbered_"))
+    return changes | {
+        name: Change(change, _keeps, on_parts=False, adds_colours=True) for name, change in DRAWINGS.items()
+    }
 
 
 CHANGES = _changes()

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from arc.evidence.canvas import UNAVAILABLE, Canvas, combine
+from arc.evidence.canvas import KEYS, UNAVAILABLE, Canvas
 from arc.evidence.cells import Item, OutputCells
 from arc.evidence.planes import Planes, all_planes
 from arc.evidence.programs import ProgramSearch
@@ -173,18 +173,33 @@ class Counts:
         return np.concatenate([code.take(self._colours.row[:, cells]), from_sources])
 
 
+_FEATURES = sorted({name for table in TABLES[:NUM_HASHED_TABLES] for name in table.features})
+# For k = 0, 1, ...: the tables that have more than k features, and the number of each one's k-th
+_PARTS = [
+    (np.array(tables), np.array([_FEATURES.index(TABLES[t].features[k]) for t in tables]))
+    for k in range(max(len(table.features) for table in TABLES))
+    if (tables := [t for t, table in enumerate(TABLES) if len(table.features) > k])
+]
+
+
+def _hashes(cells: OutputCells, values: np.ndarray) -> np.ndarray:
+    """`combine` of every hashed table's features at every cell: (tables, N)."""
+    feature = np.empty((len(_FEATURES), len(cells)), np.int64)
+    for number, name in enumerate(_FEATURES):
+        feature[number] = values[SOURCE_NUMBER[name[1:]]] if name[0] == "$" else cells.feature(name)
+    hashes = np.zeros((NUM_HASHED_TABLES, len(cells)), np.int64)
+    for k, (tables, numbers) in enumerate(_PARTS):
+        hashes[tables] += (feature * KEYS[1000 + k])[numbers]
+    return hashes
+
+
 def _contexts(cells: OutputCells, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Context number of every cell under every hashed table, (tables, N), 0 where the context occurs for one grid
     only; and the number of contexts of each table, that one included."""
-    tables = TABLES[:NUM_HASHED_TABLES]
-    names = sorted({name for table in tables for name in table.features})
-    feature = {
-        name: values[SOURCE_NUMBER[name[1:]]].astype(np.int64) if name[0] == "$" else cells.feature(name)
-        for name in names
-    }
-    hashes = np.stack([combine([feature[name] for name in table.features]) for table in tables])
+    hashes = _hashes(cells, values)
     order = hashes.argsort(axis=1)
-    hashes, grid = np.take_along_axis(hashes, order, axis=1), cells.grid[order]
+    place = (order + np.arange(0, hashes.size, len(cells))[:, None]).reshape(-1)
+    hashes, grid = hashes.take(place).reshape(order.shape), cells.grid.take(order)
     first = np.ones(order.shape, bool)  # of the cells of its context, in this order
     first[:, 1:] = hashes[:, 1:] != hashes[:, :-1]
     group = first.reshape(-1).cumsum() - 1  # numbers the contexts of all tables
@@ -195,9 +210,9 @@ def _contexts(cells: OutputCells, values: np.ndarray) -> tuple[np.ndarray, np.nd
     number = np.cumsum(shared)
     before = np.concatenate([[0], number[np.cumsum(np.bincount(table_of)) - 1]])  # shared contexts of earlier tables
     number = np.where(shared, number - before[table_of], 0)
-    contexts = np.empty(order.shape, np.int64)
-    np.put_along_axis(contexts, order, number[group].reshape(order.shape), axis=1)
-    return contexts, np.diff(before) + 1
+    contexts = np.empty(order.size, np.int64)
+    contexts[place] = number.take(group)
+    return contexts.reshape(order.shape), np.diff(before) + 1
 
 
 class TaskEvidence:

@@ -58,6 +58,7 @@ class ProgramSearch:
         self._maps: dict[tuple[int, int], np.ndarray | None] = {}
         self.allowed = min(MAX_LEFT_OUT, self.n - 1)  # so many demonstrations may fail
         self._same_as: dict[str, str] = {}
+        self._variety = [len(np.unique(output)) for output in outputs]
         self.cuts = self._cut_all()
         self.programs = self._search()
         unfit = np.full(10, UNFIT)
@@ -136,8 +137,10 @@ class ProgramSearch:
         """Colour maps on all demonstrations, of which those of `fitting` may have one; None as soon as too many fail
         for any query to use the program."""
         failures, maps = 0, []
+        adds_colours = change != "" and CHANGES[change].adds_colours
         for index, scene in enumerate(self.cuts[cut][: self.n]):
-            result = self._result(scene, change) if fitting[index] else None
+            rich = adds_colours or scene is None or scene.variety >= self._variety[index]  # no map makes more colours
+            result = self._result(scene, change) if rich and fitting[index] else None
             maps.append(None if result is None else self._map_once(index, result))
             failures += maps[-1] is None
             if failures > self.allowed:

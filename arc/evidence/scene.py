@@ -35,6 +35,11 @@ class Scene:
         return np.bincount(self.grid.reshape(-1), minlength=10)
 
     @cached_property
+    def variety(self) -> int:
+        """How many different colours."""
+        return int(np.count_nonzero(self.counts))
+
+    @cached_property
     def background(self) -> int:
         return background(self.counts)
 

@@ -42,17 +42,10 @@ class View:
     index: int
     programs: Programs | None = None
 
-    def objects(self, kind: str) -> slice:
-        """Component numbers of this grid among `shapes`, `clusters` or `regions`: those of a grid follow each other."""
-        first, end = np.searchsorted(self.group(kind).grid, (self.index, self.index + 1)).tolist()
-        return slice(first, end)
-
     def count(self, kind: str) -> int:
-        members = self.objects(kind)
-        return members.stop - members.start
-
-    def group(self, kind: str) -> Objects:
-        return getattr(self.canvas, kind)
+        """How many `shapes`, `clusters` or `regions` this grid has."""
+        objects: Objects = getattr(self.canvas, kind)
+        return objects.per_grid[self.index]
 
     @cached_property
     def lines(self) -> tuple[list[int], list[int], int | None]:
@@ -136,15 +129,9 @@ def _object_box(kind: str, key: Callable[[Objects], np.ndarray], margin: int = 0
     """Bounding box of the object with the largest key; silent when two of different size share it."""
 
     def rule(view: View, _: Sequence[Demo]) -> Size | None:
-        group, members = view.group(kind), view.objects(kind)
-        if members.start == members.stop:
-            return None
-        keys = key(group)[members]
-        best = np.flatnonzero(keys == keys.max())
-        heights, widths = group.height[members][best], group.width[members][best]
-        if (heights != heights[0]).any() or (widths != widths[0]).any():
-            return None
-        return int(heights[0]) + margin, int(widths[0]) + margin
+        objects: Objects = getattr(view.canvas, kind)
+        box = objects.best_boxes(key)[view.index]
+        return None if box is None else (box[0] + margin, box[1] + margin)
 
     return rule
 
