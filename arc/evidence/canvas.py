@@ -310,13 +310,13 @@ def shifted(plane: np.ndarray, dr: int, dc: int, fill: int) -> np.ndarray:
     return result
 
 
-@lru_cache(maxsize=64)
-def _sight_lines(height: int, width: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=128)
+def _sight_lines(height: int, width: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every line of cells along each of `steps`, from the border it leads to, and where each cell's own line has what
     lies before it.
 
-    Returns (lines, M) flat indices of cells, height * width where there is none (as in the whole first column), and
-    (steps, H, W) flat indices into that array: the slot before the cell's own.
+    Returns (lines, M) flat indices of cells, height * width where there is none (as in the whole first column); for
+    all steps and cells, flat, the flat index into that array of the slot before the cell's own, and its column there.
     """
     row, col = np.indices((height, width))
     slots = max(height, width) + 1
@@ -332,7 +332,8 @@ def _sight_lines(height: int, width: int, steps: tuple[Step, ...]) -> tuple[np.n
         lines.append(cells.reshape(-1, slots))
         before.append(place + count * slots)
         count += len(lines[-1])
-    return np.concatenate(lines), np.stack(before)
+    flat = np.stack(before).reshape(-1)
+    return np.concatenate(lines), flat, flat % slots
 
 
 def look(values: np.ndarray, nothing: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -340,17 +341,15 @@ def look(values: np.ndarray, nothing: int, steps: tuple[Step, ...]) -> tuple[np.
     value other than `nothing` (`nothing` where there is none), and how many steps away it is: (..., steps, H, W) both.
     """
     height, width = values.shape[-2:]
-    lines, before = _sight_lines(height, width, steps)
-    flat = values.reshape(-1, height * width)
-    flat = np.concatenate([flat, np.full((len(flat), 1), nothing, flat.dtype)], axis=1)
-    seen = flat[:, lines]  # (grids, lines, M)
-    slots = seen.shape[2]
-    latest = np.where(seen == nothing, np.int8(0), np.arange(slots, dtype=np.int8))
-    latest = np.maximum.accumulate(latest, axis=2).reshape(len(flat), -1)[:, before.reshape(-1)]  # slots in the lines
-    own = before.reshape(-1) % slots
-    met = np.take_along_axis(seen.reshape(len(flat), -1), before.reshape(-1) - own + latest, axis=1)
-    shape = (*values.shape[:-2], *before.shape)
-    return met.reshape(shape), (own + 1 - latest).reshape(shape)
+    lines, before, own = _sight_lines(height, width, steps)
+    flat = np.full((values.size // (height * width), height * width + 1), nothing, values.dtype)
+    flat[:, :-1] = values.reshape(len(flat), -1)
+    seen = flat.take(lines, axis=1)  # (grids, lines, M)
+    latest = np.where(seen == nothing, np.int8(0), np.arange(lines.shape[1], dtype=np.int8))
+    latest = np.maximum.accumulate(latest, axis=2).reshape(len(flat), -1).take(before, axis=1)  # slots in the lines
+    start = before - own + np.arange(0, seen.size, lines.size)[:, None]  # of the lines
+    shape = (*values.shape[:-2], len(steps), height, width)
+    return seen.take(start + latest).reshape(shape), (own + 1 - latest).reshape(shape)
 
 
 def region_rim(canvas: Canvas) -> np.ndarray:

@@ -31,7 +31,7 @@ from arc.evidence.tables import (
     TABLES,
 )
 from arc.evidence.vote import PURE, SURE, SURE_SIGHTINGS, QueryEvidence, classes_of
-from arc.tasks import Grid, Pair
+from arc.tasks import MAX_SIDE, Grid, Pair
 
 Out = tuple[int, ...]  # demonstrations that must not be used, ascending
 QueryKey = tuple[int, int, int]  # (held_out, test, without), -1 for None
@@ -57,8 +57,8 @@ class ColourCounts:
     has: nothing is ever counted there."""
 
     row: np.ndarray  # (colour tables, N): each cell's row in `counts`
-    counts: np.ndarray  # (n, contexts, 10) int16, by demonstration
-    total: np.ndarray  # (contexts, 10) int32
+    counts: np.ndarray  # (n, 10, contexts) int32, by demonstration
+    total: np.ndarray  # (10, contexts) int32
 
     @classmethod
     def of(cls, context: np.ndarray, width: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int) -> ColourCounts:
@@ -66,16 +66,16 @@ class ColourCounts:
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
         contexts = int(offset[-1])
-        flat = (pair * contexts + row[:, : len(pair)]) * 10 + truth
-        counts = np.bincount(flat.reshape(-1), minlength=n * contexts * 10)
-        counts = counts.reshape(n, contexts, 10).astype(np.int16)  # one demonstration has at most 900 cells
-        counts[:, offset[:-1]] = 0
+        flat = (pair * 10 + truth) * contexts + row[:, : len(pair)]
+        counts = np.bincount(flat.reshape(-1), minlength=n * 10 * contexts).reshape(n, 10, contexts).astype(np.int32)
+        counts[:, :, offset[:-1]] = 0
         return cls(row, counts, counts.sum(0, dtype=np.int32))
 
     def codes(self, out: Out) -> np.ndarray:
         """Code of each context without demonstrations `out`: (contexts,) uint8."""
-        colours = _without(out, self.total, self.counts)  # (contexts, 10)
-        return (colours.argmax(1) + 10 * classes_of(colours.max(1), colours.sum(1))).astype(np.uint8)
+        colours = _without(out, self.total, self.counts)  # (10, contexts)
+        best = (colours * 16 + np.arange(9, -1, -1, dtype=np.int32)[:, None]).max(0)  # ties: the smaller colour
+        return (9 - (best & 15) + 10 * classes_of(best >> 4, colours.sum(0))).astype(np.uint8)
 
 
 def _without(out: Out, total: np.ndarray, by_demonstration: np.ndarray) -> np.ndarray:
@@ -97,8 +97,8 @@ class SourceCounts:
     values: np.ndarray  # (S, N) uint8: at every cell the sources that differ in the demonstrations' cells they hit
     seen: np.ndarray  # (n, contexts) int16, by demonstration
     hits: np.ndarray  # (n, contexts, S and none at the end up to a multiple of 4) int16
-    seen_total: np.ndarray  # (contexts,) int32
-    hits_total: np.ndarray  # (contexts, S) int32
+    seen_total: np.ndarray  # (contexts,) int16, or int32 where more demonstrations than that can hold
+    hits_total: np.ndarray  # (contexts, S), likewise
 
     @classmethod
     def of(
@@ -130,7 +130,8 @@ class SourceCounts:
                 starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
                 hits[key[starts]] = np.add.reduceat(words[cells], starts, axis=0)
         by_pair = hits.view(np.int16).reshape(n, total, -1)
-        return cls(row, values, seen, by_pair, seen.sum(0, dtype=np.int32), by_pair.sum(0, dtype=np.int32))
+        wide = np.int16 if n * MAX_SIDE**2 < 2**15 else np.int32
+        return cls(row, values, seen, by_pair, seen.sum(0, dtype=wide), by_pair.sum(0, dtype=wide))
 
     def best(self, out: Out) -> tuple[np.ndarray, np.ndarray]:
         """Without demonstrations `out`: the source with most hits in each context, and the context's class."""
@@ -302,9 +303,9 @@ class TaskEvidence:
         """Cells of demonstration `judged` (a member of `out`) seen and right under each table: (2, T)."""
         if (out, judged) not in self._scores:
             codes = self._codes(self._planned, judged, out)
-            seen = codes >= 10
-            right = seen & (codes % 10 == self.outputs[judged].reshape(-1))
-            self._scores[out, judged] = np.stack([seen.sum(1), right.sum(1)])
+            above = codes - self.outputs[judged].reshape(-1).astype(np.uint8)  # 10 * class where the colour is right
+            right = (above == 10) | (above == 20) | (above == 30)
+            self._scores[out, judged] = np.stack([np.count_nonzero(codes, axis=1), np.count_nonzero(right, axis=1)])
         return self._scores[out, judged]
 
     def _stats(self, out: Out) -> np.ndarray:
