@@ -16,7 +16,6 @@ from arc.evidence.scene import (
     Scene,
     Shape,
     Transform,
-    crop,
     flip_cols,
     flip_rows,
     half_turn,
@@ -416,7 +415,7 @@ _MIRRORS_AND_COPIES: dict[str, tuple[Callable[[Grid], Grid | None], Reach]] = {
 }
 _RESHAPING: dict[str, Change] = {
     "runs": Change(lambda s: merge_runs(s.grid), _shrinks),
-    "foreground_box": Change(lambda s: crop(s.grid, s.foreground), _shrinks),
+    "foreground_box": Change(lambda s: s.foreground_box, _shrinks),
     "inside": Change(lambda s: inside(s.grid), _adds(-2)),
     "shrunk": Change(_shrunk, _shrinks),
     "enlarged_by_colours": Change(_enlarged_by(lambda s: len(s.colours)), _multiplies),

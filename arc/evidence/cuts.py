@@ -60,14 +60,18 @@ def _object(kind: str, key: ObjectKey, alone: bool) -> Transform:
     return cut
 
 
-def _colour_box(rank: int, hollow: bool) -> Transform:
+def _colour_box(rank: int) -> Transform:
+    @once
     def cut(scene: Scene) -> Grid | None:
         if not -len(scene.colours) <= rank < len(scene.colours):
             return None
-        box = crop(scene.grid, scene.grid == scene.colours[rank])
-        return box if not hollow or box is None else inside(box)
+        return crop(scene.grid, scene.grid == scene.colours[rank])
 
     return cut
+
+
+def _inside_of(cut: Transform) -> Transform:
+    return lambda scene: None if (box := cut(scene)) is None else inside(box)
 
 
 def _part(pick: Callable[[list[Grid]], int]) -> Transform:
@@ -243,8 +247,8 @@ def _top_object_colour(kind: str, key: ObjectKey) -> Callable[[Scene], int | Non
 
 _PLAIN: dict[str, Transform] = {
     "all": lambda s: s.grid,
-    "foreground_box": lambda s: crop(s.grid, s.foreground),
-    "foreground_box_inside": lambda s: None if (b := crop(s.grid, s.foreground)) is None else inside(b),
+    "foreground_box": lambda s: s.foreground_box,
+    "foreground_box_inside": lambda s: None if s.foreground_box is None else inside(s.foreground_box),
     "inside": lambda s: inside(s.grid),
     "runs": lambda s: merge_runs(s.grid),
     "filled_lines": _without_empty_lines,
@@ -289,8 +293,8 @@ _PLAIN: dict[str, Transform] = {
 def _cuts() -> dict[str, Transform]:
     cuts = dict(_PLAIN)
     for rank in (0, 1, 2, -1):
-        cuts[f"colour_{rank}_box"] = _colour_box(rank, hollow=False)
-        cuts[f"colour_{rank}_box_inside"] = _colour_box(rank, hollow=True)
+        cuts[f"colour_{rank}_box"] = _colour_box(rank)
+        cuts[f"colour_{rank}_box_inside"] = _inside_of(cuts[f"colour_{rank}_box"])
     for kind in ("shapes", "clusters", "regions"):
         for name, key in OBJECT_KEYS.items():
             if kind == "regions" and name in ("symmetric", "asymmetric", "common_one", "odd_one"):

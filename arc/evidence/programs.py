@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +57,6 @@ class ProgramSearch:
         self._maps: dict[tuple[int, int], np.ndarray | None] = {}
         self.allowed = min(MAX_LEFT_OUT, self.n - 1)  # so many demonstrations may fail
         self._same_as: dict[str, str] = {}
-        self._variety = [len(np.unique(output)) for output in outputs]
         self.cuts = self._cut_all()
         self.programs = self._search()
         unfit = np.full(10, UNFIT)
@@ -78,8 +76,9 @@ class ProgramSearch:
         """Every cut of every grid; a cut whose results all equal an earlier cut's is left out."""
         distinct: dict[tuple[int, ...], str] = {}
         cuts: dict[str, tuple[Scene | None, ...]] = {}
+        inputs = [self._scene(grid) for grid in self.grids]
         for name, cut in CUTS.items():
-            grids = [_legal(cut(self._scene(grid))) for grid in self.grids]
+            grids = [_legal(cut(scene)) for scene in inputs]
             scenes = tuple(None if grid is None else self._scene(grid) for grid in grids)
             self._same_as[name] = distinct.setdefault(tuple(id(scene) for scene in scenes), name)
             if self._same_as[name] == name:
@@ -100,47 +99,59 @@ class ProgramSearch:
         return found[scene]
 
     def _search(self) -> list[Program]:
-        """Programs by order of declaration; where shapes alone rule one out it is not run."""
+        """Programs by order of declaration; where shapes and colours alone rule one out it is not run."""
         programs: list[Program] = []
-        possible: dict[Reach, dict[str, tuple[bool, ...]]] = {}  # most changes share one of few rules of shapes
+        cuts = {adds_colours: self._alike(adds_colours) for adds_colours in (False, True)}
+        possible: dict[tuple[Reach, bool], dict[str, list[bool]]] = {}  # most changes share one of few rules of shapes
         for change in ("", *CHANGES):
-            may = CHANGES[change].may if change else operator.eq
-            if may not in possible:
-                possible[may] = self._possible(may)
+            rule = (CHANGES[change].may, CHANGES[change].adds_colours) if change else (operator.eq, False)
+            if rule not in possible:
+                possible[rule] = self._possible(cuts[rule[1]], rule[0])
             on_parts = not change or CHANGES[change].on_parts
-            for cut, fitting in possible[may].items():
+            for cut, fitting in possible[rule].items():
                 maps = self._fits(cut, change, fitting) if on_parts or cut == "all" else None
                 if maps is not None:
                     programs.append(Program(cut, change, maps))
         return programs
 
-    @cached_property
-    def _by_shapes(self) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
-        """Cuts, numbered by order of declaration, by the shapes they leave of the demonstrations."""
+    def _alike(self, adds_colours: bool) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
+        """Cuts, numbered by order of declaration, by the shapes they leave of the demonstrations.
+
+        None stands for a cut that leaves nothing, or too few colours: a map makes no more of them, and a change only if
+        it `adds_colours`.
+        """
         groups: dict[tuple[Shape | None, ...], list[tuple[int, str]]] = {}
+        variety = [0 if adds_colours else len(np.unique(output)) for output in self.outputs]
         for number, (name, scenes) in enumerate(self.cuts.items()):
-            shapes = tuple(None if scene is None else scene.grid.shape for scene in scenes[: self.n])
-            groups.setdefault(shapes, []).append((number, name))
+            rich = [
+                scene.grid.shape if scene is not None and scene.variety >= least else None
+                for scene, least in zip(scenes, variety, strict=False)
+            ]
+            groups.setdefault(tuple(rich), []).append((number, name))
         return groups
 
-    def _possible(self, may: Reach) -> dict[str, tuple[bool, ...]]:
+    def _possible(
+        self, cuts: dict[tuple[Shape | None, ...], list[tuple[int, str]]], may: Reach
+    ) -> dict[str, list[bool]]:
         """Cuts of which enough demonstrations may fit, and which, to judge by the shapes before and after."""
         possible = []
-        for shapes, cuts in self._by_shapes.items():
+        for shapes, names in cuts.items():
             pairs = zip(shapes, self.outputs, strict=True)
-            fitting = tuple([shape is not None and may(shape, output.shape) for shape, output in pairs])
+            fitting = [shape is not None and may(shape, output.shape) for shape, output in pairs]
             if self.n - sum(fitting) <= self.allowed:
-                possible += [(number, name, fitting) for number, name in cuts]
+                possible += [(number, name, fitting) for number, name in names]
         return {name: fitting for _, name, fitting in sorted(possible)}
 
-    def _fits(self, cut: str, change: str, fitting: tuple[bool, ...]) -> tuple[np.ndarray | None, ...] | None:
+    def _fits(self, cut: str, change: str, fitting: list[bool]) -> tuple[np.ndarray | None, ...] | None:
         """Colour maps on all demonstrations, of which those of `fitting` may have one; None as soon as too many fail
         for any query to use the program."""
-        failures, maps = 0, []
-        adds_colours = change != "" and CHANGES[change].adds_colours
+        maps: list[np.ndarray | None] = []
+        failures = self.n - sum(fitting)
         for index, scene in enumerate(self.cuts[cut][: self.n]):
-            rich = adds_colours or scene is None or scene.variety >= self._variety[index]  # no map makes more colours
-            result = self._result(scene, change) if rich and fitting[index] else None
+            if not fitting[index]:
+                maps.append(None)
+                continue
+            result = self._result(scene, change)
             maps.append(None if result is None else self._map_once(index, result))
             failures += maps[-1] is None
             if failures > self.allowed:

@@ -48,6 +48,10 @@ class Scene:
         return self.grid != self.background
 
     @cached_property
+    def foreground_box(self) -> Grid | None:
+        return crop(self.grid, self.foreground)
+
+    @cached_property
     def canvas(self) -> Canvas:
         return Canvas([self.grid])
 
@@ -110,9 +114,10 @@ def once(fact: Callable[[Scene], T]) -> Callable[[Scene], T]:
 
 def crop(grid: Grid, mask: np.ndarray) -> Grid | None:
     """The part of a grid inside the bounding box of a mask; None for an empty mask."""
-    if not mask.any():
+    rows = np.flatnonzero(mask.any(1))
+    if not len(rows):
         return None
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    cols = np.flatnonzero(mask.any(0))
     return grid[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
 
 
