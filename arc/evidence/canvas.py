@@ -224,6 +224,51 @@ class Objects:
         return plane.reshape(self.labels.shape)
 
 
+class ObjectsOfGrid(Objects):
+    """The components of one grid of a canvas as those of a canvas of its own (1, H, W): what is known of all of them
+    together is not found again."""
+
+    def __init__(self, whole: Objects, grid: int, canvas: np.ndarray):
+        plane, width = whole.canvas.shape[1] * whole.canvas.shape[2], canvas.shape[2]
+        start, end = np.searchsorted(whole.cells, (grid * plane, (grid + 1) * plane)).tolist()
+        first, last = np.searchsorted(whole.grid, (grid, grid + 1)).tolist()
+        self._whole, self._members = whole, slice(first, last)
+        self.canvas, self.count = canvas, last - first
+        labels = whole.labels[grid : grid + 1, : canvas.shape[1], :width]
+        self.labels = np.where(labels >= 0, labels - first, -1)
+        self.of, self.row, self.col = whole.of[start:end] - first, whole.row[start:end], whole.col[start:end]
+        self.cells = self.row * width + self.col
+        self.first = np.empty(self.count, np.int64)
+        self.first[self.of[::-1]] = self.cells[::-1]
+        self.grid = np.zeros(self.count, np.int64)
+        for name in ("size", "colour", "top", "bottom", "left", "right", "height", "width"):
+            setattr(self, name, getattr(whole, name)[self._members])
+
+    @cached_property
+    def colours(self) -> np.ndarray:
+        return self._whole.colours[self._members]
+
+    @cached_property
+    def touches(self) -> np.ndarray:
+        return self._whole.touches[self._members]
+
+    @cached_property
+    def shape(self) -> np.ndarray:
+        return self._whole.shape[self._members]
+
+    @cached_property
+    def shape_any(self) -> np.ndarray:
+        return self._whole.shape_any[self._members]
+
+    @cached_property
+    def twin_count(self) -> np.ndarray:
+        return self._whole.twin_count[self._members]
+
+    @cached_property
+    def symmetries(self) -> np.ndarray:
+        return self._whole.symmetries[self._members]
+
+
 def dense_rank(group: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Rank of each distinct value inside its group, 0 for the smallest."""
     low = value.min(initial=0)
@@ -250,10 +295,10 @@ def ranked_colours(counts: np.ndarray, ground: int) -> list[int]:
 
 
 class Canvas:
-    """The input grids of a task on one padded canvas (G, H, W)."""
+    """The input grids of a task on one padded canvas (G, H, W); or one of them alone, `of` the canvas of all."""
 
-    def __init__(self, grids: Sequence[np.ndarray]):
-        self.grids = list(grids)
+    def __init__(self, grids: Sequence[np.ndarray], of: tuple[Canvas, int] | None = None):
+        self.grids, self._of = list(grids), of
         self.heights = np.array([g.shape[0] for g in grids])
         self.widths = np.array([g.shape[1] for g in grids])
         self.shape = (len(grids), int(self.heights.max()), int(self.widths.max()))
@@ -278,23 +323,31 @@ class Canvas:
         none, and how many steps away it is: (G, 8, H, W) both."""
         return look(np.where(self.foreground, self.colour, OUTSIDE), OUTSIDE, STAR)
 
-    def objects(self, labels: np.ndarray) -> Objects:
-        return Objects(labels, self.colour, self.heights, self.widths)
+    def alone(self, index: int) -> Canvas:
+        """One of the grids as a canvas of its own."""
+        return Canvas([self.grids[index]], (self, index))
+
+    def _objects(self, name: str, colour: np.ndarray, connectivity: int) -> Objects:
+        """Components of equal `colour` (G, H, W), none where it is negative, kept under `name`."""
+        if self._of is not None:
+            whole, index = self._of
+            return ObjectsOfGrid(getattr(whole, name), index, self.colour)
+        return Objects(components(colour, connectivity), self.colour, self.heights, self.widths)
 
     @cached_property
     def regions(self) -> Objects:
         """4-connected regions of one colour, background included."""
-        return self.objects(components(np.where(self.inside, self.colour, -1), 4))
+        return self._objects("regions", np.where(self.inside, self.colour, -1), 4)
 
     @cached_property
     def shapes(self) -> Objects:
         """8-connected objects of one colour, background excluded."""
-        return self.objects(components(np.where(self.foreground, self.colour, -1), 8))
+        return self._objects("shapes", np.where(self.foreground, self.colour, -1), 8)
 
     @cached_property
     def clusters(self) -> Objects:
         """8-connected objects of any colours, background excluded."""
-        return self.objects(components(np.where(self.foreground, 0, -1), 8))
+        return self._objects("clusters", np.where(self.foreground, 0, -1), 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class TaskEvidence:
         self.n = len(self.outputs)
         grids = [np.asarray(pair.input) for pair in train] + [np.asarray(grid) for grid in test_inputs]
         self._canvas = Canvas(grids)
-        self._programs = ProgramSearch(grids[: self.n], self.outputs, grids[self.n :])
+        self._programs = ProgramSearch(self._canvas, self.outputs)
         demos = [Demo(*_shape(grids[j]), *_shape(self.outputs[j]), j) for j in range(self.n)]
         self._sizes = SizeEvidence(self._canvas, demos, self._programs)
         self._choices: dict[tuple[int, Out], tuple[Size, np.ndarray, np.ndarray, np.ndarray]] = {}

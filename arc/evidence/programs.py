@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from arc.evidence.canvas import Canvas
 from arc.evidence.changes import CHANGES, Reach
 from arc.evidence.cuts import CUTS
 from arc.evidence.scene import Grid, Scene, Shape
@@ -48,9 +49,9 @@ def colour_map(result: Grid, output: Grid) -> np.ndarray | None:
 class ProgramSearch:
     """All programs that fit enough demonstrations of a task to be of use to some query."""
 
-    def __init__(self, inputs: Sequence[Grid], outputs: Sequence[Grid], test_inputs: Sequence[Grid]):
-        self.n, self.outputs = len(outputs), list(outputs)
-        self.grids = [*inputs, *test_inputs]
+    def __init__(self, canvas: Canvas, outputs: Sequence[Grid]):
+        """`canvas`: demonstration inputs first, then test inputs; `outputs`: of the demonstrations."""
+        self.n, self.outputs, self._canvas = len(outputs), list(outputs), canvas
         self._scenes: dict[tuple[Shape, bytes], Scene] = {}
         self._changed: dict[str, dict[Scene, Grid | None]] = {change: {} for change in CHANGES}
         self._results: dict[tuple[Shape, bytes], Grid] = {}
@@ -64,11 +65,11 @@ class ProgramSearch:
         self._map = np.array(maps, np.int64).reshape(-1, self.n, 10)  # (P, n, 10)
         self._choices: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
 
-    def _scene(self, grid: Grid) -> Scene:
+    def _scene(self, grid: Grid, canvas: Canvas | None = None) -> Scene:
         """One scene for all equal grids, so that equal cuts are changed once."""
         key = (grid.shape, grid.tobytes())
         if key not in self._scenes:
-            self._scenes[key] = Scene(np.ascontiguousarray(grid))
+            self._scenes[key] = Scene(np.ascontiguousarray(grid), canvas)
             self._results[key] = self._scenes[key].grid
         return self._scenes[key]
 
@@ -76,7 +77,7 @@ class ProgramSearch:
         """Every cut of every grid; a cut whose results all equal an earlier cut's is left out."""
         distinct: dict[tuple[int, ...], str] = {}
         cuts: dict[str, tuple[Scene | None, ...]] = {}
-        inputs = [self._scene(grid) for grid in self.grids]
+        inputs = [self._scene(grid, self._canvas.alone(index)) for index, grid in enumerate(self._canvas.grids)]
         for name, cut in CUTS.items():
             grids = [_legal(cut(scene)) for scene in inputs]
             scenes = tuple(None if grid is None else self._scene(grid) for grid in grids)

@@ -19,8 +19,9 @@ Transform = Callable[["Scene"], "Grid | None"]  # None: does not apply
 class Scene:
     """A grid with the facts transforms ask for, each computed when first needed."""
 
-    def __init__(self, grid: Grid):
-        self.grid = grid
+    def __init__(self, grid: Grid, canvas: Canvas | None = None):
+        """`canvas`: that of the grid, where there is one already."""
+        self.grid, self._canvas = grid, canvas
         self._facts: dict[Hashable, Any] = {}
 
     def remember(self, name: Hashable, find: Callable[[], T]) -> T:
@@ -53,7 +54,7 @@ class Scene:
 
     @cached_property
     def canvas(self) -> Canvas:
-        return Canvas([self.grid])
+        return self._canvas or Canvas([self.grid])
 
     @cached_property
     def rays(self) -> dict[Step, np.ndarray]:
