@@ -229,6 +229,7 @@ class TaskEvidence:
         self._sizes = SizeEvidence(self._canvas, demos, self._programs)
         self._choices: dict[tuple[int, Out], tuple[Size, np.ndarray, np.ndarray, np.ndarray]] = {}
         self._scores: dict[tuple[Out, int], np.ndarray] = {}
+        self._kept_codes: dict[tuple[Item, Out], np.ndarray] = {}
 
     def query(
         self, *, held_out: int | None = None, test: int | None = None, without: int | None = None
@@ -277,8 +278,13 @@ class TaskEvidence:
     @cached_property
     def _planned(self) -> Counts:
         """Counts that serve every planned query."""
-        plans = [self._plan(**arguments(key)) for key in planned_queries(self.n, len(self._canvas.grids) - self.n)]
-        return self._count([(grid, *self._choose(grid, out)[0]) for grid, out in plans])
+        return self._count([(grid, *self._choose(grid, out)[0]) for grid, out in self._plans])
+
+    @cached_property
+    def _plans(self) -> dict[tuple[int, Out], None]:
+        """The planned queries, as `_plan` tells them, in order."""
+        keys = planned_queries(self.n, len(self._canvas.grids) - self.n)
+        return dict.fromkeys(self._plan(**arguments(key)) for key in keys)
 
     def _count(self, queries: Sequence[Item]) -> Counts:
         demonstrations = [(index, *_shape(output)) for index, output in enumerate(self.outputs)]
@@ -286,8 +292,17 @@ class TaskEvidence:
         return Counts(OutputCells(self._canvas, self._planes, items, self._programs.result), self.outputs)
 
     def _codes(self, counts: Counts, item: int, out: Out) -> np.ndarray:
-        """Codes of all tables at an item's cells, from the demonstrations not in `out`: (T, cells) uint8."""
-        return np.concatenate([counts.codes(item, out), self._program_codes(counts.cells.items[item], out)])
+        """Codes of all tables at an item's cells, from the demonstrations not in `out`: (T, cells) uint8.
+
+        Those of a planned query are kept: a demonstration is judged by them too, where its size was predicted rightly.
+        """
+        cells = counts.cells.items[item]
+        codes = self._kept_codes.get((cells, out))
+        if codes is None:
+            codes = np.concatenate([counts.codes(item, out), self._program_codes(cells, out)])
+            if (cells[0], out) in self._plans:
+                self._kept_codes[cells, out] = codes
+        return codes
 
     def _program_codes(self, item: Item, out: Out) -> np.ndarray:
         """Codes of the program tables; a program that fits is as sure as it has demonstrations to fit."""
