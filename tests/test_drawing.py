@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc.evidence.changes import CHANGES
+from arc.evidence.changes import CHANGES, SAME_SHAPE
 from arc.evidence.drawing import DRAWINGS
 from arc.evidence.scene import Scene
 from arc.tasks import Grid
@@ -39,7 +39,9 @@ def test_a_change_gives_a_grid_or_nothing_and_leaves_its_input(
         if result is None:
             continue
         assert result.dtype == np.uint8 and result.ndim == 2 and result.max(initial=0) <= 9, name
-        assert name not in DRAWINGS or result.shape == start.shape, name
+        assert name not in SAME_SHAPE or result.shape == start.shape, name
+        assert change.may(start.shape, result.shape), name
+        assert change.adds_colours or np.isin(result, start).all(), name
 
 
 EXAMPLES = [

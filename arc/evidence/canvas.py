@@ -5,10 +5,16 @@ Everything here is a function of input grids. No output grid is ever seen by thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
+
+Step = tuple[int, int]  # rows down, columns right
+DOWN, UP, RIGHT, LEFT = (1, 0), (-1, 0), (0, 1), (0, -1)
+CROSS: tuple[Step, ...] = (DOWN, UP, RIGHT, LEFT)
+DIAGONALS: tuple[Step, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+STAR = (*CROSS, *DIAGONALS)
 
 OUTSIDE = 10  # "colour" of positions outside a grid
 MISSING = -1  # value of every plane where there is nothing to tell
@@ -41,37 +47,39 @@ def combine(parts: Sequence[np.ndarray]) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------
 # Connected components
 # ----------------------------------------------------------------------------------------------------------------
-_STEPS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, 0), (1, 1), (1, -1))}
-
-
 def components(key: np.ndarray, connectivity: int) -> np.ndarray:
     """Label connected cells of equal `key` (G, H, W); cells with a negative key belong to nothing.
 
     Returns int64 labels of the same shape: -1 for nothing, else 0..n-1 in order of each component's first cell.
-    Minimum-label hooking over the edge list with pointer jumping, so the number of rounds is logarithmic.
+    Minimum-label hooking over runs of cells along rows with pointer jumping, so the number of rounds is logarithmic.
     """
-    index = np.arange(key.size).reshape(key.shape)
-    _, height, width = key.shape
-    heads, tails = [], []
-    for dr, dc in _STEPS[connectivity]:
-        here = (slice(None), slice(0, height - dr), slice(max(0, -dc), width - max(0, dc)))
-        there = (slice(None), slice(dr, height), slice(max(0, dc), width - max(0, -dc)))
-        linked = (key[here] == key[there]) & (key[here] >= 0)
-        heads.append(index[here][linked])
-        tails.append(index[there][linked])
-    a, b = np.concatenate(heads), np.concatenate(tails)
-    root = np.arange(key.size)
+    grids, height, width = key.shape
+    stride = width + 1
+    flat = np.full((grids, height + 1, stride), -1, key.dtype)  # a cell of nothing behind every row and grid
+    flat[:, :height, :width] = key
+    flat = flat.reshape(-1)
+    index = np.arange(flat.size)
+    root = np.maximum.accumulate(np.where(flat[1:] == flat[:-1], 0, index[1:]), out=index[1:].copy())
+    root = np.concatenate([index[:1], root])  # first cell of each run along a row
+    heads = [
+        np.flatnonzero((flat[step:] == flat[:-step]) & (flat[step:] >= 0)) for step in _steps(connectivity, stride)
+    ]
+    a = root[np.concatenate(heads)]
+    b = root[np.concatenate([head + step for head, step in zip(heads, _steps(connectivity, stride), strict=True)])]
     while len(a):
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        np.minimum.at(root, high, low)
-        while not np.array_equal(jumped := root[root], root):
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while not ((jumped := root[root]) == root).all():
             root = jumped
-        open_edges = root[a] != root[b]
-        a, b = a[open_edges], b[open_edges]
-    active = key.reshape(-1) >= 0
-    labels = np.full(key.size, -1)
-    labels[active] = np.unique(root[active], return_inverse=True)[1]
-    return labels.reshape(key.shape)
+        a, b = root[a], root[b]
+        a, b = a[a != b], b[a != b]
+    first = (root == index) & (flat >= 0)
+    labels = np.where(flat >= 0, (np.cumsum(first) - 1)[root], -1)
+    return labels.reshape(grids, height + 1, stride)[:, :height, :width]
+
+
+def _steps(connectivity: int, stride: int) -> tuple[int, ...]:
+    """Steps from a cell to its neighbours in the next row, in cells."""
+    return (stride,) if connectivity == 4 else (stride - 1, stride, stride + 1)
 
 
 class Objects:
@@ -90,17 +98,28 @@ class Objects:
         self.count = count = int(self.of.max()) + 1 if len(cells) else 0
         plane, width = canvas.shape[1] * canvas.shape[2], canvas.shape[2]
         self.row, self.col = cells % plane // width, cells % width
-        cell_colour = canvas.reshape(-1)[cells]
         self.size = np.bincount(self.of, minlength=count)
-        self.first = np.full(count, canvas.size)
-        np.minimum.at(self.first, self.of, cells)
+        self.first, last = np.empty(count, np.int64), np.empty(count, np.int64)
+        self.first[self.of[::-1]] = cells[::-1]
+        last[self.of] = cells
         self.grid, self.colour = self.first // plane, canvas.reshape(-1)[self.first]
-        self.top, self.bottom = _extremes(self.row, self.of, count)
-        self.left, self.right = _extremes(self.col, self.of, count)
+        self.top, self.bottom = self.first % plane // width, last % plane // width  # cells are in reading order
+        self.left, self.right = np.full(count, width), np.full(count, -1)
+        np.minimum.at(self.left, self.of, self.col)
+        np.maximum.at(self.right, self.of, self.col)
         self.height, self.width = self.bottom - self.top + 1, self.right - self.left + 1
-        self.colours = (np.bincount(self.of * 11 + cell_colour, minlength=count * 11).reshape(count, 11) > 0).sum(1)
-        last_row, last_col = heights[self.grid] - 1, widths[self.grid] - 1
-        self.touches = (self.top == 0) | (self.left == 0) | (self.bottom == last_row) | (self.right == last_col)
+        self._last_row, self._last_col = heights - 1, widths - 1
+        self._best_boxes: dict[Callable[[Objects], np.ndarray], list[tuple[int, int] | None]] = {}
+
+    @cached_property
+    def colours(self) -> np.ndarray:
+        cell_colour = self.canvas.reshape(-1)[self.cells]
+        return (np.bincount(self.of * 11 + cell_colour, minlength=self.count * 11).reshape(-1, 11) > 0).sum(1)
+
+    @cached_property
+    def touches(self) -> np.ndarray:
+        bottom, right = self._last_row[self.grid], self._last_col[self.grid]
+        return (self.top == 0) | (self.left == 0) | (self.bottom == bottom) | (self.right == right)
 
     @cached_property
     def offsets(self) -> tuple[np.ndarray, np.ndarray]:
@@ -139,14 +158,53 @@ class Objects:
         """How many components of the same grid have the same shape in some orientation, itself included."""
         return self.twins(self.shape_any)
 
+    @cached_property
+    def areas(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of each component's bounding box, inside its grid."""
+        bounds = (self.top, self.bottom + 1, self.left, self.right + 1)
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(*(bound.tolist() for bound in bounds), strict=True)]
+
     def area(self, index: int) -> tuple[slice, slice]:
         """Rows and columns of a component's bounding box, inside its grid."""
-        rows = slice(int(self.top[index]), int(self.bottom[index]) + 1)
-        return rows, slice(int(self.left[index]), int(self.right[index]) + 1)
+        return self.areas[index]
 
     def box(self, index: int) -> np.ndarray:
         """The part of the canvas inside a component's bounding box."""
-        return self.canvas[self.grid[index], *self.area(index)]
+        return self.canvas[self.grid[index], *self.areas[index]]
+
+    @cached_property
+    def symmetries(self) -> np.ndarray:
+        """How many of the two mirror images of each component's coloured box equal the box itself."""
+        result = np.full(self.count, 2)
+        for index in np.flatnonzero(self.height * self.width > 1).tolist():
+            box = self.box(index)
+            result[index] = int((box == box[::-1]).all()) + int((box == box[:, ::-1]).all())
+        return result
+
+    @cached_property
+    def per_grid(self) -> list[int]:
+        """How many components each grid has; those of a grid follow each other."""
+        return np.bincount(self.grid, minlength=self.labels.shape[0]).tolist()
+
+    def best_boxes(self, key: Callable[[Objects], np.ndarray]) -> list[tuple[int, int] | None]:
+        """For each grid the size of the box of the component with the largest key; None where there is no component, or
+        two of different size share the largest key."""
+        if key not in self._best_boxes:
+            self._best_boxes[key] = self._find_best_boxes(key(self))
+        return self._best_boxes[key]
+
+    def _find_best_boxes(self, key: np.ndarray) -> list[tuple[int, int] | None]:
+        boxes: list[tuple[int, int] | None] = [None] * self.labels.shape[0]
+        grids = np.flatnonzero(self.per_grid)
+        if len(grids):
+            first = np.searchsorted(self.grid, grids)
+            best = key == np.maximum.reduceat(key, first).repeat(np.diff(first, append=self.count))
+            size = self.height * 32 + self.width
+            least = np.minimum.reduceat(np.where(best, size, 2**15), first).tolist()
+            most = np.maximum.reduceat(np.where(best, size, 0), first).tolist()
+            for grid, low, high in zip(grids.tolist(), least, most, strict=True):
+                boxes[grid] = divmod(low, 32) if low == high else None
+        return boxes
 
     def twins(self, value: np.ndarray) -> np.ndarray:
         """How many components of the same grid share each component's `value`."""
@@ -166,41 +224,81 @@ class Objects:
         return plane.reshape(self.labels.shape)
 
 
-def _extremes(value: np.ndarray, of: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.full(count, 99), np.full(count, -1)
-    np.minimum.at(low, of, value)
-    np.maximum.at(high, of, value)
-    return low, high
+class ObjectsOfGrid(Objects):
+    """The components of one grid of a canvas as those of a canvas of its own (1, H, W): what is known of all of them
+    together is not found again."""
+
+    def __init__(self, whole: Objects, grid: int, canvas: np.ndarray):
+        plane, width = whole.canvas.shape[1] * whole.canvas.shape[2], canvas.shape[2]
+        start, end = np.searchsorted(whole.cells, (grid * plane, (grid + 1) * plane)).tolist()
+        first, last = np.searchsorted(whole.grid, (grid, grid + 1)).tolist()
+        self._whole, self._members = whole, slice(first, last)
+        self.canvas, self.count = canvas, last - first
+        labels = whole.labels[grid : grid + 1, : canvas.shape[1], :width]
+        self.labels = np.where(labels >= 0, labels - first, -1)
+        self.of, self.row, self.col = whole.of[start:end] - first, whole.row[start:end], whole.col[start:end]
+        self.cells = self.row * width + self.col
+        self.first = np.empty(self.count, np.int64)
+        self.first[self.of[::-1]] = self.cells[::-1]
+        self.grid = np.zeros(self.count, np.int64)
+        for name in ("size", "colour", "top", "bottom", "left", "right", "height", "width"):
+            setattr(self, name, getattr(whole, name)[self._members])
+
+    @cached_property
+    def colours(self) -> np.ndarray:
+        return self._whole.colours[self._members]
+
+    @cached_property
+    def touches(self) -> np.ndarray:
+        return self._whole.touches[self._members]
+
+    @cached_property
+    def shape(self) -> np.ndarray:
+        return self._whole.shape[self._members]
+
+    @cached_property
+    def shape_any(self) -> np.ndarray:
+        return self._whole.shape_any[self._members]
+
+    @cached_property
+    def twin_count(self) -> np.ndarray:
+        return self._whole.twin_count[self._members]
+
+    @cached_property
+    def symmetries(self) -> np.ndarray:
+        return self._whole.symmetries[self._members]
 
 
 def dense_rank(group: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Rank of each distinct value inside its group, 0 for the smallest."""
-    pairs, inverse = np.unique(np.stack([group, value], 1), axis=0, return_inverse=True)
-    start = np.searchsorted(pairs[:, 0], pairs[:, 0])  # first distinct pair of each group
-    return (np.arange(len(pairs)) - start)[inverse.reshape(-1)]
+    low = value.min(initial=0)
+    span = int(value.max(initial=0) - low) + 1
+    pairs, inverse = np.unique(group * span + (value - low), return_inverse=True)
+    start = np.searchsorted(pairs, pairs // span * span)  # first distinct pair of each group
+    return (np.arange(len(pairs)) - start)[inverse]
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The canvas
 # ----------------------------------------------------------------------------------------------------------------
-def background(grid: np.ndarray) -> int:
-    """0 where it covers at least a fifth of the grid, else the commonest colour (ties: the smaller)."""
-    counts = np.bincount(grid.reshape(-1), minlength=10)
-    return 0 if counts[0] * 5 >= grid.size else int(counts.argmax())
+def background(counts: np.ndarray) -> int:
+    """0 where it covers at least a fifth of the grid with so many cells of each colour (10,), else the commonest colour
+    (ties: the smaller)."""
+    return 0 if counts[0] * 5 >= counts.sum() else int(counts.argmax())
 
 
-def ranked_colours(grid: np.ndarray, ground: int) -> list[int]:
-    """Colours of a grid other than the background `ground`, commonest first (ties: the smaller)."""
-    counts = np.bincount(grid.reshape(-1), minlength=10)
-    counts[ground] = 0
-    return [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
+def ranked_colours(counts: np.ndarray, ground: int) -> list[int]:
+    """Colours other than the background `ground` of a grid with so many cells of each colour (10,), commonest first
+    (ties: the smaller)."""
+    ranked = sorted((-count, colour) for colour, count in enumerate(counts.tolist()) if count and colour != ground)
+    return [colour for _, colour in ranked]
 
 
 class Canvas:
-    """The input grids of a task on one padded canvas (G, H, W)."""
+    """The input grids of a task on one padded canvas (G, H, W); or one of them alone, `of` the canvas of all."""
 
-    def __init__(self, grids: Sequence[np.ndarray]):
-        self.grids = list(grids)
+    def __init__(self, grids: Sequence[np.ndarray], of: tuple[Canvas, int] | None = None):
+        self.grids, self._of = list(grids), of
         self.heights = np.array([g.shape[0] for g in grids])
         self.widths = np.array([g.shape[1] for g in grids])
         self.shape = (len(grids), int(self.heights.max()), int(self.widths.max()))
@@ -208,31 +306,48 @@ class Canvas:
         for index, grid in enumerate(grids):
             self.colour[index, : grid.shape[0], : grid.shape[1]] = grid
         self.inside = self.colour != OUTSIDE
-        self.background = np.array([background(g) for g in grids])
+        self.counts = [np.bincount(g.reshape(-1), minlength=10) for g in grids]  # cells of each colour, (10,) a grid
+        self.background = np.array([background(counts) for counts in self.counts])
         self.foreground = self.inside & (self.colour != self.background[:, None, None])
 
     @cached_property
     def colours(self) -> list[list[int]]:
         """Each grid's foreground colours, commonest first."""
-        return [ranked_colours(grid, int(ground)) for grid, ground in zip(self.grids, self.background, strict=True)]
+        return [
+            ranked_colours(counts, int(ground)) for counts, ground in zip(self.counts, self.background, strict=True)
+        ]
 
-    def objects(self, labels: np.ndarray) -> Objects:
-        return Objects(labels, self.colour, self.heights, self.widths)
+    @cached_property
+    def sights(self) -> tuple[np.ndarray, np.ndarray]:
+        """The colour of the first foreground cell met from each cell in the directions of STAR, OUTSIDE where there is
+        none, and how many steps away it is: (G, 8, H, W) both."""
+        return look(np.where(self.foreground, self.colour, OUTSIDE), OUTSIDE, STAR)
+
+    def alone(self, index: int) -> Canvas:
+        """One of the grids as a canvas of its own."""
+        return Canvas([self.grids[index]], (self, index))
+
+    def _objects(self, name: str, colour: np.ndarray, connectivity: int) -> Objects:
+        """Components of equal `colour` (G, H, W), none where it is negative, kept under `name`."""
+        if self._of is not None:
+            whole, index = self._of
+            return ObjectsOfGrid(getattr(whole, name), index, self.colour)
+        return Objects(components(colour, connectivity), self.colour, self.heights, self.widths)
 
     @cached_property
     def regions(self) -> Objects:
         """4-connected regions of one colour, background included."""
-        return self.objects(components(np.where(self.inside, self.colour, -1), 4))
+        return self._objects("regions", np.where(self.inside, self.colour, -1), 4)
 
     @cached_property
     def shapes(self) -> Objects:
         """8-connected objects of one colour, background excluded."""
-        return self.objects(components(np.where(self.foreground, self.colour, -1), 8))
+        return self._objects("shapes", np.where(self.foreground, self.colour, -1), 8)
 
     @cached_property
     def clusters(self) -> Objects:
         """8-connected objects of any colours, background excluded."""
-        return self.objects(components(np.where(self.foreground, 0, -1), 8))
+        return self._objects("clusters", np.where(self.foreground, 0, -1), 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -248,20 +363,46 @@ def shifted(plane: np.ndarray, dr: int, dc: int, fill: int) -> np.ndarray:
     return result
 
 
-def first_met(values: np.ndarray, dr: int, dc: int, nothing: int) -> np.ndarray:
-    """The first value other than `nothing` met from each cell of (..., H, W) in direction (dr, dc), the cell's own left
-    out; `nothing` where there is none. By doubling: each round looks twice as far."""
-    found, reach = shifted(values, dr, dc, nothing), 1
-    while reach < max(values.shape[-2:]):
-        further = shifted(found, dr * reach, dc * reach, nothing)
-        found = np.where(found == nothing, further, found)
-        reach *= 2
-    return found
+@lru_cache(maxsize=128)
+def _sight_lines(height: int, width: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every line of cells along each of `steps`, from the border it leads to, and where each cell's own line has what
+    lies before it.
+
+    Returns (lines, M) flat indices of cells, height * width where there is none (as in the whole first column); for
+    all steps and cells, flat, the flat index into that array of the slot before the cell's own, and its column there.
+    """
+    row, col = np.indices((height, width))
+    slots = max(height, width) + 1
+    lines, before, count = [], [], 0
+    for dr, dc in steps:
+        line = col if dc == 0 else row if dr == 0 else row - dc * dr * col
+        down, right = (
+            {-1: p, 0: np.full_like(p, 99), 1: n - 1 - p}[d] for p, n, d in ((row, height, dr), (col, width, dc))
+        )
+        place = (line - line.min()) * slots + np.minimum(down, right)
+        cells = np.full((int(line.max() - line.min()) + 1) * slots, height * width)
+        cells[place + 1] = row * width + col
+        lines.append(cells.reshape(-1, slots))
+        before.append(place + count * slots)
+        count += len(lines[-1])
+    flat = np.stack(before).reshape(-1)
+    return np.concatenate(lines), flat, flat % slots
 
 
-def first_seen(canvas: Canvas, dr: int, dc: int) -> np.ndarray:
-    """Colour of the first foreground cell in direction (dr, dc), OUTSIDE where there is none: (G, H, W)."""
-    return first_met(np.where(canvas.foreground, canvas.colour, OUTSIDE), dr, dc, OUTSIDE)
+def look(values: np.ndarray, nothing: int, steps: tuple[Step, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """What is met from each cell of (..., H, W) in each direction of `steps`, the cell's own value left out: the first
+    value other than `nothing` (`nothing` where there is none), and how many steps away it is: (..., steps, H, W) both.
+    """
+    height, width = values.shape[-2:]
+    lines, before, own = _sight_lines(height, width, steps)
+    flat = np.full((values.size // (height * width), height * width + 1), nothing, values.dtype)
+    flat[:, :-1] = values.reshape(len(flat), -1)
+    seen = flat.take(lines, axis=1)  # (grids, lines, M)
+    latest = np.where(seen == nothing, np.int8(0), np.arange(lines.shape[1], dtype=np.int8))
+    latest = np.maximum.accumulate(latest, axis=2).reshape(len(flat), -1).take(before, axis=1)  # slots in the lines
+    start = before - own + np.arange(0, seen.size, lines.size)[:, None]  # of the lines
+    shape = (*values.shape[:-2], len(steps), height, width)
+    return seen.take(start + latest).reshape(shape), (own + 1 - latest).reshape(shape)
 
 
 def region_rim(canvas: Canvas) -> np.ndarray:

@@ -38,6 +38,7 @@ class OutputCells:
         self.r, self.c = local // self.w, local % self.w
         self.H, self.W = canvas.heights[self.grid], canvas.widths[self.grid]
         self._anchors: dict[str, np.ndarray] = {}
+        self._outside: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -46,18 +47,21 @@ class OutputCells:
         return slice(int(self.starts[item]), int(self.starts[item + 1]))
 
     def anchor(self, name: str) -> np.ndarray:
-        """Flat index into a plane (with one extra slot at the end for "outside") for each output cell: (N,)."""
+        """Flat index into a plane for each output cell, one too large for "outside": (N,)."""
         if name not in self._anchors:
             rows, cols = ANCHORS[name](self)
             valid = (rows >= 0) & (rows < self.H) & (cols >= 0) & (cols < self.W)
             _, height, width = self.canvas.shape
             flat = (self.grid * height + rows) * width + cols
             self._anchors[name] = np.where(valid, flat, self.canvas.colour.size)
+            self._outside[name] = np.flatnonzero(~valid)
         return self._anchors[name]
 
     def read(self, plane: str, anchor: str = "same") -> np.ndarray:
         """The plane's value at each output cell's anchor, MISSING where that lies outside: (N,)."""
-        return np.append(self.planes[plane].reshape(-1), MISSING)[self.anchor(anchor)]
+        values = self.planes[plane].take(self.anchor(anchor), mode="clip")
+        values[self._outside[anchor]] = MISSING
+        return values
 
     def feature(self, name: str) -> np.ndarray:
         """A feature by name: `plane`, `plane@anchor` or `.position`: (N,) int64."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.canvas import OUTSIDE, Objects, region_rim
+from arc.evidence.canvas import OUTSIDE, Objects, Step, region_rim
 from arc.evidence.drawing import DRAWINGS
+from arc.evidence.moves import draw_moved, front, shape_masks, slide, wall
 from arc.evidence.restore import MASKS, mirrored, repeated
 from arc.evidence.scene import (
     Grid,
     Scene,
     Shape,
     Transform,
-    crop,
     flip_cols,
     flip_rows,
     half_turn,
@@ -163,16 +163,15 @@ def _drop_colour(rank: int) -> Transform:
     return change
 
 
-def _joined(*lines_of_sight: tuple[int, int]) -> Transform:
+def _joined(*lines_of_sight: Step) -> Transform:
     """Background between two cells of one colour that see each other along a line takes their colour."""
 
     def change(scene: Scene) -> Grid:
-        result = scene.grid
-        for dr, dc in lines_of_sight:
-            ahead, behind = scene.ray(dr, dc), scene.ray(-dr, -dc)
-            joined = (result == scene.background) & ~scene.foreground & (ahead == behind) & (ahead != OUTSIDE)
-            result = np.where(joined, ahead, result)
-        return result.astype(np.uint8)
+        result = scene.grid.copy()
+        for step in lines_of_sight:
+            colour = scene.between[step]
+            np.copyto(result, colour, where=(result == scene.background) & (colour != OUTSIDE))
+        return result
 
     return change
 
@@ -189,15 +188,15 @@ def _joined_far(scene: Scene) -> Grid:
     return result
 
 
-def _extended(*steps: tuple[int, int]) -> Transform:
+def _extended(*steps: Step) -> Transform:
     """Every foreground cell drawn on, straight, until the next foreground cell or the border."""
 
     def change(scene: Scene) -> Grid:
-        result = scene.grid
+        result = scene.grid.copy()
         for dr, dc in steps:
-            origin = scene.ray(-dr, -dc)
-            result = np.where((result == scene.background) & (origin != OUTSIDE), origin, result)
-        return result.astype(np.uint8)
+            origin = scene.rays[-dr, -dc]
+            np.copyto(result, origin, where=(result == scene.background) & (origin != OUTSIDE))
+        return result
 
     return change
 
@@ -218,9 +217,10 @@ def _box_filled(scene: Scene) -> Grid | None:
     if not shapes.count:
         return None
     result = scene.grid.copy()
-    for index in np.argsort(-shapes.size, kind="stable"):
-        area = shapes.area(index)
-        result[area] = np.where(result[area] == scene.background, shapes.colour[index], result[area])
+    colours = shapes.colour.tolist()
+    for index in np.argsort(-shapes.size, kind="stable").tolist():
+        box = result[shapes.areas[index]]
+        box[box == scene.background] = colours[index]
     return result
 
 
@@ -232,8 +232,7 @@ def _objects_mirrored(kind: str, mirror: Callable[[Grid], Grid]) -> Transform:
         if not objects.count:
             return None
         result = scene.grid.copy()
-        for index in range(objects.count):
-            area = objects.area(index)
+        for area in objects.areas:
             result[area] = mirror(scene.grid[area])
         return result
 
@@ -260,21 +259,14 @@ def _falling_objects(dr: int, dc: int) -> Transform:
         shapes = scene.canvas.shapes
         if not 0 < shapes.count <= 12:
             return None
-        height, width = scene.grid.shape
-        front = {(1, 0): shapes.bottom, (-1, 0): -shapes.top, (0, 1): shapes.right, (0, -1): -shapes.left}[dr, dc]
-        order = np.argsort(-front, kind="stable")  # the foremost object moves first
-        taken = np.zeros(scene.grid.shape, bool)
-        result = np.full_like(scene.grid, scene.background)
+        masks, blocked = shape_masks(scene), wall(scene)
+        steps = np.zeros(shapes.count, np.int64)
+        order = front(shapes, (dr, dc))  # the foremost object moves first; others are not in its way
         for index in order:
-            own = shapes.of == index
-            rows, cols = shapes.row[own], shapes.col[own]
-            while True:
-                r, c = rows + dr, cols + dc
-                if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width or taken[r, c].any():
-                    break
-                rows, cols = r, c
-            taken[rows, cols] = True
-            result[rows, cols] = shapes.colour[index]
+            steps[index], mask = slide(scene, masks[index], (dr, dc), blocked)
+            blocked |= mask
+        result = np.full_like(scene.grid, scene.background)
+        draw_moved(result, shapes, order, dr * steps, dc * steps)
         return result
 
     return change
@@ -282,9 +274,10 @@ def _falling_objects(dr: int, dc: int) -> Transform:
 
 def _line_majority(scene: Scene) -> Grid | None:
     """Every row (or every column, whichever is purer) in its commonest colour."""
-    best = None
+    best: tuple[int, Grid] | None = None
+    colours = np.arange(10)
     for view, turned in ((scene.grid, False), (scene.grid.T, True)):
-        counts = np.stack([(view == colour).sum(1) for colour in range(10)], 1)  # (lines, 10)
+        counts = (view[:, :, None] == colours).sum(1)  # (lines, 10)
         fit = int(counts.max(1).sum())
         if best is None or fit > best[0]:
             stripes = np.repeat(counts.argmax(1)[:, None], view.shape[1], 1).astype(np.uint8)
@@ -372,11 +365,13 @@ class Change:
 
     may: whether a grid of one shape (the first) can become one of another (the second).
     on_parts: whether programs try it on every cut of a grid; else on the whole grid only.
+    adds_colours: whether the result can have a colour that the grid does not have.
     """
 
     apply: Transform
     may: Reach
     on_parts: bool = True
+    adds_colours: bool = False
 
 
 def _turn_left(grid: Grid) -> Grid:
@@ -420,7 +415,7 @@ _MIRRORS_AND_COPIES: dict[str, tuple[Callable[[Grid], Grid | None], Reach]] = {
 }
 _RESHAPING: dict[str, Change] = {
     "runs": Change(lambda s: merge_runs(s.grid), _shrinks),
-    "foreground_box": Change(lambda s: crop(s.grid, s.foreground), _shrinks),
+    "foreground_box": Change(lambda s: s.foreground_box, _shrinks),
     "inside": Change(lambda s: inside(s.grid), _adds(-2)),
     "shrunk": Change(_shrunk, _shrinks),
     "enlarged_by_colours": Change(_enlarged_by(lambda s: len(s.colours)), _multiplies),
@@ -503,8 +498,11 @@ def _same_shape() -> dict[str, Transform]:
 def _changes() -> dict[str, Change]:
     changes = {name: Change(_of_grid(change), may) for name, (change, may) in _MIRRORS_AND_COPIES.items()}
     changes |= _RESHAPING
-    changes |= {name: Change(change, _keeps) for name, change in _same_shape().items()}
-    return changes | {name: Change(change, _keeps, on_parts=False) for name, change in DRAWINGS.items()}
+    for name, change in _same_shape().items():
+        changes[name] = Change(change, _keeps, adds_colours=name.startswith("numbered_"))
+    return changes | {
+        name: Change(change, _keeps, on_parts=False, adds_colours=True) for name, change in DRAWINGS.items()
+    }
 
 
 CHANGES = _changes()

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from arc.evidence.canvas import UNAVAILABLE, Canvas, combine
+from arc.evidence.canvas import KEYS, UNAVAILABLE, Canvas
 from arc.evidence.cells import Item, OutputCells
 from arc.evidence.planes import Planes, all_planes
 from arc.evidence.programs import ProgramSearch
@@ -31,7 +31,7 @@ from arc.evidence.tables import (
     TABLES,
 )
 from arc.evidence.vote import PURE, SURE, SURE_SIGHTINGS, QueryEvidence, classes_of
-from arc.tasks import Grid, Pair
+from arc.tasks import MAX_SIDE, Grid, Pair
 
 Out = tuple[int, ...]  # demonstrations that must not be used, ascending
 QueryKey = tuple[int, int, int]  # (held_out, test, without), -1 for None
@@ -57,25 +57,36 @@ class ColourCounts:
     has: nothing is ever counted there."""
 
     row: np.ndarray  # (colour tables, N): each cell's row in `counts`
-    counts: np.ndarray  # (contexts, n, 10) int16, by demonstration
-    total: np.ndarray  # (contexts, 10) int32
+    counts: np.ndarray  # (n, 10, contexts) int32, by demonstration
+    total: np.ndarray  # (10, contexts) int32
 
     @classmethod
     def of(cls, context: np.ndarray, width: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int) -> ColourCounts:
         """context: (tables, N) numbers below width (tables,); pair, truth: (N_demo,) of the first cells."""
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
-        flat = (row[:, : len(pair)] * n + pair) * 10 + truth
-        counts = np.bincount(flat.reshape(-1), minlength=int(offset[-1]) * n * 10)
-        counts = counts.reshape(-1, n, 10).astype(np.int16)  # one demonstration has at most 900 cells
-        counts[offset[:-1]] = 0
-        return cls(row, counts, counts.sum(1, dtype=np.int32))
+        contexts = int(offset[-1])
+        flat = (pair * 10 + truth) * contexts + row[:, : len(pair)]
+        counts = np.bincount(flat.reshape(-1), minlength=n * 10 * contexts).reshape(n, 10, contexts).astype(np.int32)
+        counts[:, :, offset[:-1]] = 0
+        return cls(row, counts, counts.sum(0, dtype=np.int32))
 
     def codes(self, out: Out) -> np.ndarray:
         """Code of each context without demonstrations `out`: (contexts,) uint8."""
-        # at most three are left out: less to subtract than the others would be to add up
-        colours = self.total - self.counts[:, list(out)].sum(1, dtype=np.int32)  # (contexts, 10)
-        return (colours.argmax(1) + 10 * classes_of(colours.max(1), colours.sum(1))).astype(np.uint8)
+        colours = _without(out, self.total, self.counts)  # (10, contexts)
+        best = (colours * 16 + np.arange(9, -1, -1, dtype=np.int32)[:, None]).max(0)  # ties: the smaller colour
+        return (9 - (best & 15) + 10 * classes_of(best >> 4, colours.sum(0))).astype(np.uint8)
+
+
+def _without(out: Out, total: np.ndarray, by_demonstration: np.ndarray) -> np.ndarray:
+    """Counts (...) of all demonstrations less those of the demonstrations `out`, from their counts (n, ...).
+
+    At most three are left out: less to subtract than the others would be to add up.
+    """
+    left = total.copy()
+    for demonstration in out:
+        left -= by_demonstration[demonstration]
+    return left
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,44 +94,51 @@ class SourceCounts:
     """How often each context was sighted, and how often each source had the true colour there."""
 
     row: np.ndarray  # (source tables, N): each cell's row in `seen` and `hits`
-    values: np.ndarray  # (S, N) uint8: the different sources at every cell
-    seen: np.ndarray  # (contexts, n) int16, by demonstration
-    hits: np.ndarray  # (contexts, n, S) int16
-    seen_total: np.ndarray  # (contexts,) int32
-    hits_total: np.ndarray  # (contexts, S) int32
+    values: np.ndarray  # (S, N) uint8: at every cell the sources that differ in the demonstrations' cells they hit
+    seen: np.ndarray  # (n, contexts) int16, by demonstration
+    hits: np.ndarray  # (n, contexts, S and none at the end up to a multiple of 4) int16
+    seen_total: np.ndarray  # (contexts,) int16, or int32 where more demonstrations than that can hold
+    hits_total: np.ndarray  # (contexts, S), likewise
 
     @classmethod
     def of(
         cls, context: np.ndarray, width: np.ndarray, values: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int
     ) -> SourceCounts:
         """context: (tables, N) numbers below width (tables,); values: all sources; pair, truth: (N_demo,)."""
-        useful = (values != UNAVAILABLE).any(1)
-        first = np.unique(values, axis=0, return_index=True)[1]  # of equal sources only the first can be chosen
-        values = values[useful & np.isin(np.arange(len(values)), first)]
+        values = values[(values != UNAVAILABLE).any(1)]
+        hit = values[:, : len(pair)] == truth  # (S, N_demo)
+        first: dict[bytes, int] = {}
+        for source, pattern in enumerate(hit):
+            first.setdefault(pattern.tobytes(), source)
+        different = list(first.values())  # of sources that are right in the same cells only the first can be chosen
+        values, hit = values[different], hit[different]
+        lanes = np.zeros((len(pair), -(-len(values) // 4) * 4), np.int16)  # hits of a cell, four sources to a word:
+        lanes[:, : len(values)] = hit.T  # one demonstration has at most 900 cells, so words add up without a carry
+        words = lanes.view(np.int64)
         offset = np.concatenate([[0], np.cumsum(width)])
         row = context + offset[:-1, None]
-        hit = (values[:, : len(pair)] == truth).T  # (N_demo, S)
-        hits = np.zeros((int(offset[-1]) * n, len(values)), np.int16)
-        flat = row[:, : len(pair)] * n + pair  # (tables, N_demo)
-        seen = np.bincount(flat.reshape(-1), minlength=len(hits)).astype(np.int16).reshape(-1, n)
+        total = int(offset[-1])
+        flat = pair * total + row[:, : len(pair)]  # (tables, N_demo)
+        seen = np.bincount(flat.reshape(-1), minlength=n * total).astype(np.int16).reshape(n, total)
+        seen[:, offset[:-1]] = 0
+        hits = np.zeros((n * total, words.shape[1]), np.int64)
         for t in range(NUM_SOURCE_TABLES):
             cells = np.flatnonzero(context[t, : len(pair)])
-            cells = cells[np.argsort(flat[t, cells], kind="stable")]
+            cells = cells[flat[t, cells].argsort()]
             if len(cells):
                 key = flat[t, cells]
                 starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-                hits[key[starts]] = np.add.reduceat(hit[cells], starts, axis=0, dtype=np.int16)
-        seen[offset[:-1]] = 0
-        by_pair = hits.reshape(-1, n, len(values))
-        return cls(row, values, seen, by_pair, seen.sum(1, dtype=np.int32), by_pair.sum(1, dtype=np.int32))
+                hits[key[starts]] = np.add.reduceat(words[cells], starts, axis=0)
+        by_pair = hits.view(np.int16).reshape(n, total, -1)
+        wide = np.int16 if n * MAX_SIDE**2 < 2**15 else np.int32
+        return cls(row, values, seen, by_pair, seen.sum(0, dtype=wide), by_pair.sum(0, dtype=wide))
 
     def best(self, out: Out) -> tuple[np.ndarray, np.ndarray]:
         """Without demonstrations `out`: the source with most hits in each context, and the context's class."""
-        left = list(out)
-        hits = self.hits_total - self.hits[:, left].sum(1, dtype=np.int32)  # (contexts, S)
+        hits = _without(out, self.hits_total, self.hits)  # (contexts, S)
         best = hits.argmax(1)
         most = np.take_along_axis(hits, best[:, None], axis=1)[:, 0]
-        return best, classes_of(most, self.seen_total - self.seen[:, left].sum(1, dtype=np.int32))
+        return best, classes_of(most, _without(out, self.seen_total, self.seen))
 
 
 class Counts:
@@ -148,31 +166,54 @@ class Counts:
         code, best, classes = self._lookups[out]
         cells = self.cells.slice(item)
         contexts = self._sources.row[:, cells]
-        value = self._sources.values[best[contexts], np.arange(cells.start, cells.stop)]
-        known = np.where(value == UNAVAILABLE, 0, classes[contexts])
-        from_sources = np.where(known > 0, value, 0) + 10 * known
-        return np.concatenate([code[self._colours.row[:, cells]], from_sources.astype(np.uint8)])
+        values = self._sources.values
+        value = values.reshape(-1).take(best.take(contexts) * values.shape[1] + np.arange(cells.start, cells.stop))
+        known = classes.take(contexts)
+        known[value == UNAVAILABLE] = 0
+        from_sources = np.where(known > 0, value, np.uint8(0)) + np.uint8(10) * known
+        return np.concatenate([code.take(self._colours.row[:, cells]), from_sources])
+
+
+_FEATURES = sorted({name for table in TABLES[:NUM_HASHED_TABLES] for name in table.features})
+# For k = 0, 1, ...: the tables that have more than k features, and the number of each one's k-th
+_PARTS = [
+    (np.array(tables), np.array([_FEATURES.index(TABLES[t].features[k]) for t in tables]))
+    for k in range(max(len(table.features) for table in TABLES))
+    if (tables := [t for t, table in enumerate(TABLES) if len(table.features) > k])
+]
+
+
+def _hashes(cells: OutputCells, values: np.ndarray) -> np.ndarray:
+    """`combine` of every hashed table's features at every cell: (tables, N)."""
+    feature = np.empty((len(_FEATURES), len(cells)), np.int64)
+    for number, name in enumerate(_FEATURES):
+        feature[number] = values[SOURCE_NUMBER[name[1:]]] if name[0] == "$" else cells.feature(name)
+    hashes = np.zeros((NUM_HASHED_TABLES, len(cells)), np.int64)
+    for k, (tables, numbers) in enumerate(_PARTS):
+        hashes[tables] += (feature * KEYS[1000 + k])[numbers]
+    return hashes
 
 
 def _contexts(cells: OutputCells, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Context number of every cell under every hashed table, (tables, N), 0 where the context occurs for one grid
     only; and the number of contexts of each table, that one included."""
-    tables = TABLES[:NUM_HASHED_TABLES]
-    names = sorted({name for table in tables for name in table.features})
-    feature = {
-        name: values[SOURCE_NUMBER[name[1:]]].astype(np.int64) if name[0] == "$" else cells.feature(name)
-        for name in names
-    }
-    contexts = np.empty((NUM_HASHED_TABLES, len(cells)), np.int64)
-    width = np.empty(NUM_HASHED_TABLES, np.int64)
-    grids = len(cells.canvas.grids)
-    for t, table in enumerate(tables):
-        _, inverse = np.unique(combine([feature[name] for name in table.features]), return_inverse=True)
-        present = np.bincount(inverse * grids + cells.grid, minlength=(inverse.max() + 1) * grids) > 0
-        shared = present.reshape(-1, grids).sum(1) > 1
-        contexts[t] = np.where(shared, np.cumsum(shared), 0)[inverse]
-        width[t] = shared.sum() + 1
-    return contexts, width
+    hashes = _hashes(cells, values)
+    order = hashes.argsort(axis=1)
+    place = (order + np.arange(0, hashes.size, len(cells))[:, None]).reshape(-1)
+    hashes, grid = hashes.take(place).reshape(order.shape), cells.grid.take(order)
+    first = np.ones(order.shape, bool)  # of the cells of its context, in this order
+    first[:, 1:] = hashes[:, 1:] != hashes[:, :-1]
+    group = first.reshape(-1).cumsum() - 1  # numbers the contexts of all tables
+    crosses = np.zeros(order.shape, bool)  # cells of one context that follow each other, of two grids
+    crosses[:, 1:] = ~first[:, 1:] & (grid[:, 1:] != grid[:, :-1])
+    shared = np.bincount(group[crosses.reshape(-1)], minlength=int(group[-1]) + 1) > 0
+    table_of = np.flatnonzero(first.reshape(-1)) // len(cells)
+    number = np.cumsum(shared)
+    before = np.concatenate([[0], number[np.cumsum(np.bincount(table_of)) - 1]])  # shared contexts of earlier tables
+    number = np.where(shared, number - before[table_of], 0)
+    contexts = np.empty(order.size, np.int64)
+    contexts[place] = number.take(group)
+    return contexts.reshape(order.shape), np.diff(before) + 1
 
 
 class TaskEvidence:
@@ -183,11 +224,12 @@ class TaskEvidence:
         self.n = len(self.outputs)
         grids = [np.asarray(pair.input) for pair in train] + [np.asarray(grid) for grid in test_inputs]
         self._canvas = Canvas(grids)
-        self._programs = ProgramSearch(grids[: self.n], self.outputs, grids[self.n :])
+        self._programs = ProgramSearch(self._canvas, self.outputs)
         demos = [Demo(*_shape(grids[j]), *_shape(self.outputs[j]), j) for j in range(self.n)]
         self._sizes = SizeEvidence(self._canvas, demos, self._programs)
         self._choices: dict[tuple[int, Out], tuple[Size, np.ndarray, np.ndarray, np.ndarray]] = {}
         self._scores: dict[tuple[Out, int], np.ndarray] = {}
+        self._kept_codes: dict[tuple[Item, Out], np.ndarray] = {}
 
     def query(
         self, *, held_out: int | None = None, test: int | None = None, without: int | None = None
@@ -236,8 +278,13 @@ class TaskEvidence:
     @cached_property
     def _planned(self) -> Counts:
         """Counts that serve every planned query."""
-        plans = [self._plan(**arguments(key)) for key in planned_queries(self.n, len(self._canvas.grids) - self.n)]
-        return self._count([(grid, *self._choose(grid, out)[0]) for grid, out in plans])
+        return self._count([(grid, *self._choose(grid, out)[0]) for grid, out in self._plans])
+
+    @cached_property
+    def _plans(self) -> dict[tuple[int, Out], None]:
+        """The planned queries, as `_plan` tells them, in order."""
+        keys = planned_queries(self.n, len(self._canvas.grids) - self.n)
+        return dict.fromkeys(self._plan(**arguments(key)) for key in keys)
 
     def _count(self, queries: Sequence[Item]) -> Counts:
         demonstrations = [(index, *_shape(output)) for index, output in enumerate(self.outputs)]
@@ -245,8 +292,17 @@ class TaskEvidence:
         return Counts(OutputCells(self._canvas, self._planes, items, self._programs.result), self.outputs)
 
     def _codes(self, counts: Counts, item: int, out: Out) -> np.ndarray:
-        """Codes of all tables at an item's cells, from the demonstrations not in `out`: (T, cells) uint8."""
-        return np.concatenate([counts.codes(item, out), self._program_codes(counts.cells.items[item], out)])
+        """Codes of all tables at an item's cells, from the demonstrations not in `out`: (T, cells) uint8.
+
+        Those of a planned query are kept: a demonstration is judged by them too, where its size was predicted rightly.
+        """
+        cells = counts.cells.items[item]
+        codes = self._kept_codes.get((cells, out))
+        if codes is None:
+            codes = np.concatenate([counts.codes(item, out), self._program_codes(cells, out)])
+            if (cells[0], out) in self._plans:
+                self._kept_codes[cells, out] = codes
+        return codes
 
     def _program_codes(self, item: Item, out: Out) -> np.ndarray:
         """Codes of the program tables; a program that fits is as sure as it has demonstrations to fit."""
@@ -262,9 +318,9 @@ class TaskEvidence:
         """Cells of demonstration `judged` (a member of `out`) seen and right under each table: (2, T)."""
         if (out, judged) not in self._scores:
             codes = self._codes(self._planned, judged, out)
-            seen = codes >= 10
-            right = seen & (codes % 10 == self.outputs[judged].reshape(-1))
-            self._scores[out, judged] = np.stack([seen.sum(1), right.sum(1)])
+            above = codes - self.outputs[judged].reshape(-1).astype(np.uint8)  # 10 * class where the colour is right
+            right = (above == 10) | (above == 20) | (above == 30)
+            self._scores[out, judged] = np.stack([np.count_nonzero(codes, axis=1), np.count_nonzero(right, axis=1)])
         return self._scores[out, judged]
 
     def _stats(self, out: Out) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from arc.evidence.canvas import Objects
 from arc.evidence.changes import CHANGES
 from arc.evidence.restore import MASKS, hidden_patch, mirrored, repeated
-from arc.evidence.scene import Grid, Scene, Transform, crop, inside, lines, merge_runs, spans
+from arc.evidence.scene import Grid, Scene, Transform, crop, inside, merge_runs, once, spans
 
 ObjectKey = Callable[[Objects], np.ndarray]
 
@@ -39,18 +39,9 @@ OBJECT_KEYS: dict[str, ObjectKey] = {
     "left": lambda o: -o.left,
     "right": lambda o: o.right,
     "inner": lambda o: ~o.touches * o.size,
-    "symmetric": lambda o: _symmetries(o),
-    "asymmetric": lambda o: -_symmetries(o),
+    "symmetric": lambda o: o.symmetries,
+    "asymmetric": lambda o: -o.symmetries,
 }
-
-
-def _symmetries(objects: Objects) -> np.ndarray:
-    """How many of the two mirror images of each object's coloured box equal the box itself."""
-    result = np.zeros(objects.count, np.int64)
-    for index in range(objects.count):
-        box = objects.box(index)
-        result[index] = int((box == box[::-1]).all()) + int((box == box[:, ::-1]).all())
-    return result
 
 
 def _object(kind: str, key: ObjectKey, alone: bool) -> Transform:
@@ -69,14 +60,18 @@ def _object(kind: str, key: ObjectKey, alone: bool) -> Transform:
     return cut
 
 
-def _colour_box(rank: int, hollow: bool) -> Transform:
+def _colour_box(rank: int) -> Transform:
+    @once
     def cut(scene: Scene) -> Grid | None:
         if not -len(scene.colours) <= rank < len(scene.colours):
             return None
-        box = crop(scene.grid, scene.grid == scene.colours[rank])
-        return box if not hollow or box is None else inside(box)
+        return crop(scene.grid, scene.grid == scene.colours[rank])
 
     return cut
+
+
+def _inside_of(cut: Transform) -> Transform:
+    return lambda scene: None if (box := cut(scene)) is None else inside(box)
 
 
 def _part(pick: Callable[[list[Grid]], int]) -> Transform:
@@ -172,7 +167,7 @@ def _without_empty_lines(scene: Scene) -> Grid | None:
 
 def _panel_summary(scene: Scene) -> Grid | None:
     """One cell a panel: its commonest foreground colour, or the background."""
-    rows, cols, colour = lines(scene.grid)
+    rows, cols, colour = scene.lines
     if colour is None:
         return None
     height, width = scene.grid.shape
@@ -213,12 +208,23 @@ def _colour_bars(scene: Scene) -> Grid | None:
     return bars
 
 
-def _after(change: Transform, cut: Transform) -> Transform:
+def _scene_after(change: Transform) -> Callable[[Scene], Scene | None]:
+    """The changed grid, with the facts that cuts of it ask for."""
+
+    @once
+    def changed(scene: Scene) -> Scene | None:
+        grid = change(scene)
+        return None if grid is None else Scene(grid)
+
+    return changed
+
+
+def _after(changed: Callable[[Scene], Scene | None], cut: Transform) -> Transform:
     """A cut of the changed grid."""
 
     def both(scene: Scene) -> Grid | None:
-        changed = change(scene)
-        return None if changed is None else cut(Scene(changed))
+        inner = changed(scene)
+        return None if inner is None else cut(inner)
 
     return both
 
@@ -241,8 +247,8 @@ def _top_object_colour(kind: str, key: ObjectKey) -> Callable[[Scene], int | Non
 
 _PLAIN: dict[str, Transform] = {
     "all": lambda s: s.grid,
-    "foreground_box": lambda s: crop(s.grid, s.foreground),
-    "foreground_box_inside": lambda s: None if (b := crop(s.grid, s.foreground)) is None else inside(b),
+    "foreground_box": lambda s: s.foreground_box,
+    "foreground_box_inside": lambda s: None if s.foreground_box is None else inside(s.foreground_box),
     "inside": lambda s: inside(s.grid),
     "runs": lambda s: merge_runs(s.grid),
     "filled_lines": _without_empty_lines,
@@ -287,8 +293,8 @@ _PLAIN: dict[str, Transform] = {
 def _cuts() -> dict[str, Transform]:
     cuts = dict(_PLAIN)
     for rank in (0, 1, 2, -1):
-        cuts[f"colour_{rank}_box"] = _colour_box(rank, hollow=False)
-        cuts[f"colour_{rank}_box_inside"] = _colour_box(rank, hollow=True)
+        cuts[f"colour_{rank}_box"] = _colour_box(rank)
+        cuts[f"colour_{rank}_box_inside"] = _inside_of(cuts[f"colour_{rank}_box"])
     for kind in ("shapes", "clusters", "regions"):
         for name, key in OBJECT_KEYS.items():
             if kind == "regions" and name in ("symmetric", "asymmetric", "common_one", "odd_one"):
@@ -297,8 +303,9 @@ def _cuts() -> dict[str, Transform]:
             if kind == "shapes":
                 cuts[f"{kind}_{name}_alone"] = _object(kind, key, alone=True)
     for first in ("without_dots", "drop_colour_-1", "drop_colour_0"):
+        changed = _scene_after(CHANGES[first].apply)
         for then in ("foreground_box", "shapes_largest", "clusters_largest"):
-            cuts[f"{first}_{then}"] = _after(CHANGES[first].apply, cuts[then])
+            cuts[f"{first}_{then}"] = _after(changed, cuts[then])
     for name, mask in MASKS.items():
         cuts[f"repeated_patch_{name}"] = hidden_patch(repeated, mask)
         cuts[f"mirrored_patch_{name}"] = hidden_patch(mirrored, mask)

@@ -6,23 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.evidence.canvas import Objects, first_met, region_rim, shifted
-from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, lines, spans
+from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, region_rim, shifted
+from arc.evidence.moves import draw_moved, front, moved, shape_masks, slide, wall
+from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, once, spans
 
 Mask = np.ndarray
 Place = tuple[np.ndarray, np.ndarray]  # rows and columns
 Choice = Callable[[Scene], "Mask | None"]
-NOTHING = -1
+NOTHING, BLOCKED = 255, 254  # no colours
 
-DOWN, UP, RIGHT, LEFT = (1, 0), (-1, 0), (0, 1), (0, -1)
-DIAGONALS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
-DIRECTIONS: dict[str, tuple[tuple[int, int], ...]] = {
-    "rows": (RIGHT, LEFT),
-    "cols": (DOWN, UP),
-    "cross": (DOWN, UP, RIGHT, LEFT),
-    "diagonals": DIAGONALS,
-    "star": (DOWN, UP, RIGHT, LEFT, *DIAGONALS),
-}
+DIRECTIONS: dict[str, tuple[Step, ...]] = {"cross": CROSS, "diagonals": DIAGONALS, "star": STAR}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -40,6 +33,7 @@ def of_colour(rank: int) -> Choice:
 def of_shapes(keep: Callable[[Objects], np.ndarray]) -> Choice:
     """Cells of the one-coloured objects for which `keep` holds."""
 
+    @once
     def choice(scene: Scene) -> Mask | None:
         shapes = scene.canvas.shapes
         if not shapes.count:
@@ -63,38 +57,51 @@ CHOICES: dict[str, Choice] = {
 # ----------------------------------------------------------------------------------------------------------------
 # Rays and lines
 # ----------------------------------------------------------------------------------------------------------------
-def rays(choice: Choice, steps: tuple[tuple[int, int], ...], through: bool = False) -> Transform:
-    """Chosen cells drawn on, straight, over the background: to the first foreground cell, or beyond if `through`."""
+def _met(choice: Choice, through: bool) -> Callable[[Scene], dict[Step, np.ndarray] | None]:
+    """The colour of the first chosen cell met in each direction of STAR, behind no other foreground cell (unless
+    `through`); NOTHING or BLOCKED elsewhere: uint8."""
 
-    def change(scene: Scene) -> Grid | None:
+    @once
+    def met(scene: Scene) -> dict[Step, np.ndarray] | None:
         chosen = choice(scene)
         if chosen is None:
             return None
-        empty = NOTHING if through else np.where(scene.foreground, 10, NOTHING)
-        values = np.where(chosen, scene.grid.astype(np.int64), empty)
-        result = scene.grid
+        empty = np.uint8(NOTHING) if through else np.where(scene.foreground, np.uint8(BLOCKED), np.uint8(NOTHING))
+        colours, _ = look(np.where(chosen, scene.grid, empty), NOTHING, STAR)
+        return dict(zip(STAR, colours, strict=True))
+
+    return met
+
+
+def rays(met: Callable[[Scene], dict[Step, np.ndarray] | None], steps: tuple[Step, ...]) -> Transform:
+    """Chosen cells drawn on, straight, over the background, as far as they are met (`_met`)."""
+
+    def change(scene: Scene) -> Grid | None:
+        origins = met(scene)
+        if origins is None:
+            return None
+        result = scene.grid.copy()
         for dr, dc in steps:
-            origin = first_met(values, -dr, -dc, NOTHING)
-            drawn = (result == scene.background) & ~scene.foreground & (origin != NOTHING) & (origin != 10)
-            result = np.where(drawn, origin, result)
-        return result.astype(np.uint8)
+            origin = origins[-dr, -dc]
+            np.copyto(result, origin, where=(result == scene.background) & (origin < BLOCKED))
+        return result
 
     return change
 
 
-def grown(choice: Choice, steps: tuple[tuple[int, int], ...]) -> Transform:
+def grown(choice: Choice, steps: tuple[Step, ...]) -> Transform:
     """The background next to chosen cells takes their colour."""
 
     def change(scene: Scene) -> Grid | None:
         chosen = choice(scene)
         if chosen is None:
             return None
-        values = np.where(chosen, scene.grid.astype(np.int64), NOTHING)
-        result = scene.grid
+        values = np.where(chosen, scene.grid, np.uint8(NOTHING))
+        result = scene.grid.copy()
         for dr, dc in steps:
             near = shifted(values, -dr, -dc, NOTHING)
-            result = np.where((result == scene.background) & (near != NOTHING), near, result)
-        return result.astype(np.uint8)
+            np.copyto(result, near, where=(result == scene.background) & (near != NOTHING))
+        return result
 
     return change
 
@@ -106,13 +113,14 @@ def linked_to(choice: Choice) -> Transform:
         chosen = choice(scene)
         if chosen is None:
             return None
-        values = np.where(chosen, 10, np.where(scene.foreground, scene.grid.astype(np.int64), NOTHING))
-        result = scene.grid
-        for dr, dc in DIRECTIONS["cross"]:
-            colour, anchor = first_met(values, -dr, -dc, NOTHING), first_met(values, dr, dc, NOTHING)
-            linked = ~scene.foreground & (anchor == 10) & (colour >= 0) & (colour < 10)
-            result = np.where(linked, colour, result)
-        return result.astype(np.uint8)
+        others = np.where(scene.foreground, scene.grid, np.uint8(NOTHING))
+        colours, _ = look(np.where(chosen, np.uint8(BLOCKED), others), NOTHING, CROSS)
+        met = dict(zip(CROSS, colours, strict=True))
+        result = scene.grid.copy()
+        for dr, dc in CROSS:
+            colour, anchor = met[-dr, -dc], met[dr, dc]
+            np.copyto(result, colour, where=~scene.foreground & (anchor == BLOCKED) & (colour < BLOCKED))
+        return result
 
     return change
 
@@ -154,7 +162,7 @@ def _pivot_of(choice: Choice) -> Callable[[Scene], tuple[int, int] | None]:
 
 def _pivot_of_lines(scene: Scene) -> tuple[int, int] | None:
     """The middle of the full lines that cross the grid."""
-    rows, cols, colour = lines(scene.grid)
+    rows, cols, colour = scene.lines
     if colour is None:
         return None
     height, width = scene.grid.shape
@@ -214,7 +222,7 @@ def clusters_symmetric(*mirrors: Callable[[Grid], Grid]) -> Transform:
 # Moves
 # ----------------------------------------------------------------------------------------------------------------
 def moved_to(choice: Choice) -> Transform:
-    """Every other object moves straight, up to 30 steps, until it touches what is chosen (if it lies in its way)."""
+    """Every other object moves straight until it touches what is chosen (if it lies in its way)."""
 
     def change(scene: Scene) -> Grid | None:
         anchor = choice(scene)
@@ -222,24 +230,24 @@ def moved_to(choice: Choice) -> Transform:
         if anchor is None or not 1 < shapes.count <= 30:
             return None
         rows, cols = np.flatnonzero(anchor.any(1)), np.flatnonzero(anchor.any(0))
-        result = np.where(anchor, scene.grid, scene.background).astype(np.uint8)
-        height, width = anchor.shape
-        for index in range(shapes.count):
-            own = shapes.of == index
-            row, col = shapes.row[own], shapes.col[own]
-            if anchor[row[0], col[0]]:
-                continue
-            dr = int(rows[0] > shapes.bottom[index]) - int(rows[-1] < shapes.top[index])
-            dc = int(cols[0] > shapes.right[index]) - int(cols[-1] < shapes.left[index])
-            if (dr == 0) != (dc == 0):
-                for step in range(1, 30):
-                    r, c = row + dr * step, col + dc * step
-                    if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width:
-                        break
-                    if (result[r, c] != scene.background).any():
-                        row, col = r - dr, c - dc
-                        break
-            result[row, col] = shapes.colour[index]
+        down = (shapes.bottom < rows[0]).astype(np.int64) - (shapes.top > rows[-1])
+        right = (shapes.right < cols[0]).astype(np.int64) - (shapes.left > cols[-1])
+        masks, borders = shape_masks(scene), wall(scene)
+        chosen = anchor.reshape(-1)[shapes.first].tolist()
+        taken = sum(mask for mask, anchored in zip(masks, chosen, strict=True) if anchored)
+        order, steps = (
+            [index for index, anchored in enumerate(chosen) if not anchored],
+            np.zeros(shapes.count, np.int64),
+        )
+        for index in order:
+            step, mask = (int(down[index]), int(right[index])), masks[index]
+            if (step[0] == 0) != (step[1] == 0):
+                far, place = slide(scene, mask, step, taken | borders)
+                if not moved(scene, place, step) & borders:
+                    steps[index], mask = far, place
+            taken |= mask
+        result = np.where(anchor, scene.grid, np.uint8(scene.background))
+        draw_moved(result, shapes, order, down * steps, right * steps)
         return result
 
     return change
@@ -253,21 +261,15 @@ def falling(choice: Choice, dr: int, dc: int) -> Transform:
         shapes = scene.canvas.shapes
         if chosen is None or not 0 < shapes.count <= 40:
             return None
-        moving = [k for k in range(shapes.count) if chosen.reshape(-1)[shapes.first[k]]]
-        front = {DOWN: shapes.bottom, UP: -shapes.top, RIGHT: shapes.right, LEFT: -shapes.left}[dr, dc]
-        result = np.where(chosen, scene.background, scene.grid).astype(np.uint8)
-        height, width = chosen.shape
-        for index in sorted(moving, key=lambda k: -int(front[k])):
-            own = shapes.of == index
-            row, col = shapes.row[own], shapes.col[own]
-            while True:
-                r, c = row + dr, col + dc
-                if r.min() < 0 or c.min() < 0 or r.max() >= height or c.max() >= width:
-                    break
-                if (result[r, c] != scene.background).any():
-                    break
-                row, col = r, c
-            result[row, col] = shapes.colour[index]
+        moving = chosen.reshape(-1)[shapes.first].tolist()
+        masks = shape_masks(scene)
+        blocked = wall(scene) | sum(mask for mask, moves in zip(masks, moving, strict=True) if not moves)
+        order, steps = [index for index in front(shapes, (dr, dc)) if moving[index]], np.zeros(shapes.count, np.int64)
+        for index in order:
+            steps[index], mask = slide(scene, masks[index], (dr, dc), blocked)
+            blocked |= mask
+        result = np.where(chosen, np.uint8(scene.background), scene.grid)
+        draw_moved(result, shapes, order, dr * steps, dc * steps)
         return result
 
     return change
@@ -346,14 +348,14 @@ def erased(rank: int) -> Transform:
     def change(scene: Scene) -> Grid | None:
         if len(scene.colours) < 2:
             return None
-        result = np.where(scene.grid == scene.colours[rank], NOTHING, scene.grid.astype(np.int64))
+        result = np.where(scene.grid == scene.colours[rank], np.uint8(NOTHING), scene.grid)
         for _ in range(15):
             hidden = result == NOTHING
             if not hidden.any():
-                return result.astype(np.uint8)
-            near = np.stack([shifted(result, -dr, -dc, NOTHING) for dr, dc in DIRECTIONS["star"]])
+                return result
+            near = np.stack([shifted(result, -dr, -dc, NOTHING) for dr, dc in STAR])
             counts = np.stack([(near == colour).sum(0) for colour in range(10)])
-            result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0), result)
+            result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0).astype(np.uint8), result)
         return None
 
     return change
@@ -367,9 +369,9 @@ def flooded(rank: int) -> Transform:
             return None
         regions, wall = scene.canvas.regions, scene.colours[rank]
         seen = np.zeros((regions.count, 10), bool)
-        for dr, dc in DIRECTIONS["cross"]:
-            near = shifted(scene.grid.astype(np.int64), -dr, -dc, NOTHING).reshape(-1)[regions.cells]
-            valid = near >= 0
+        for dr, dc in CROSS:
+            near = shifted(scene.grid, -dr, -dc, NOTHING).reshape(-1)[regions.cells]
+            valid = near != NOTHING
             seen[regions.of[valid], near[valid]] = True
         seen[:, [wall, scene.background]] = False
         flood = (regions.colour == scene.background) & (seen.sum(1) == 1)
@@ -413,13 +415,16 @@ def continued(scene: Scene) -> Grid | None:
 
 
 def _carried(scene: Scene, dr: int, dc: int) -> Grid:
-    result = scene.grid.astype(np.int64)
-    values = np.where(scene.foreground, result, NOTHING)
+    result = scene.grid.copy()
+    height, width = result.shape
+    values = np.where(scene.foreground, result, np.uint8(NOTHING))
     for sign in (1, -1):
         for step in range(1, 30):
+            if step * dr >= height or step * abs(dc) >= width:
+                break
             image = shifted(values, -sign * step * dr, -sign * step * dc, NOTHING)
-            result = np.where((result == scene.background) & (image != NOTHING), image, result)
-    return result.astype(np.uint8)
+            np.copyto(result, image, where=(result == scene.background) & (image != NOTHING))
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -479,7 +484,7 @@ def panels_kept(pick: Callable[[list[Grid]], int], fill: bool) -> Transform:
         if not panels:
             return None
         best = pick([np.where(p == scene.background, 0, 1) for p in panels])
-        _, _, line_colour = lines(scene.grid)
+        _, _, line_colour = scene.lines
         result = np.where(scene.grid == line_colour, scene.grid, scene.background).astype(np.uint8)
         top, left = _panel_corners(scene)[best]
         height, width = panels[best].shape
@@ -493,7 +498,7 @@ def panels_kept(pick: Callable[[list[Grid]], int], fill: bool) -> Transform:
 
 
 def _panel_corners(scene: Scene) -> list[tuple[int, int]]:
-    rows, cols, _ = lines(scene.grid)
+    rows, cols, _ = scene.lines
     height, width = scene.grid.shape
     return [(a, c) for a, _ in spans(rows, height) for c, _ in spans(cols, width)]
 
@@ -535,10 +540,11 @@ def _drawings() -> dict[str, Transform]:
         "rolled_left": _rolled(0, -1),
     }
     for name in ("rare", "dots"):
+        met = _met(CHOICES[name], through=False)
         for way in ("cross", "diagonals", "star"):
-            drawings[f"rays_{name}_{way}"] = rays(CHOICES[name], DIRECTIONS[way])
-        drawings[f"lines_{name}"] = rays(CHOICES[name], DIRECTIONS["cross"], through=True)
-        drawings[f"grown_{name}"] = grown(CHOICES[name], DIRECTIONS["star"])
+            drawings[f"rays_{name}_{way}"] = rays(met, DIRECTIONS[way])
+        drawings[f"lines_{name}"] = rays(_met(CHOICES[name], through=True), CROSS)
+        drawings[f"grown_{name}"] = grown(CHOICES[name], STAR)
     for name in ("rare", "top", "largest"):
         drawings[f"symmetric_{name}"] = symmetric(_pivot_of(CHOICES[name]), False)
         drawings[f"symmetric_{name}_turned"] = symmetric(_pivot_of(CHOICES[name]), True)

@@ -14,16 +14,15 @@ from arc.evidence.canvas import (
     KEYS,
     MISSING,
     OUTSIDE,
+    STAR,
     Canvas,
+    Step,
     combine,
     dense_rank,
-    first_seen,
     region_rim,
-    shifted,
 )
 
 Planes = dict[str, np.ndarray]
-Offset = tuple[int, int]
 
 _COLOUR_KEYS = KEYS[3000:3011]  # one per colour and OUTSIDE, for multisets of colours
 
@@ -89,7 +88,8 @@ def window_planes(canvas: Canvas) -> Planes:
 
     def any_way(source: dict[tuple[int, int], np.ndarray], offsets: list[tuple[int, int]]) -> np.ndarray:
         """Hash of a window that is the same in all eight orientations."""
-        return np.minimum.reduce([sum(source[o] * key[turn(o)] for o in offsets) for turn in _ORIENTATIONS])
+        keys = np.array([[key[turn(o)] for o in offsets] for turn in _ORIENTATIONS])  # (8, offsets)
+        return (keys @ np.stack([source[o].reshape(-1) for o in offsets])).min(0).reshape(x.shape)
 
     fg_near = {o: look(padded_fg, *o) for o in near}
     return {
@@ -117,10 +117,10 @@ def window_planes(canvas: Canvas) -> Planes:
 
 def ray_planes(canvas: Canvas) -> Planes:
     """The first foreground cell met in each of eight directions: its colour (OUTSIDE when there is none)."""
-    hit = {name: first_seen(canvas, dr, dc) for name, (dr, dc) in RAYS.items()}
+    hit = {name: canvas.sights[0][:, STAR.index(step)] for name, step in RAYS.items()}
     north, south, west, east = (hit[n] for n in ("north", "south", "west", "east"))
     diagonal = [hit[n] for n in ("north_west", "north_east", "south_west", "south_east")]
-    distance = {n: _ray_distance(canvas, *RAYS[n]) for n in ("north", "south", "west", "east")}
+    distance = {n: _ray_distance(canvas, RAYS[n]) for n in ("north", "south", "west", "east")}
     seen = {RAYS[n]: h for n, h in hit.items()}
     turned = [[seen[turn(o)] for o in seen] for turn in _ORIENTATIONS]
     gaps = {RAYS[n]: d for n, d in distance.items()}
@@ -155,15 +155,10 @@ RAYS = {
 }
 
 
-def _ray_distance(canvas: Canvas, dr: int, dc: int) -> np.ndarray:
-    """Steps to the first foreground cell in direction (dr, dc), 99 where there is none."""
-    found = shifted(np.where(canvas.foreground, 1, 99), dr, dc, 99)
-    reach = 1
-    while reach < max(canvas.shape[1:]):
-        further = shifted(found, dr * reach, dc * reach, 99)
-        found = np.minimum(found, further + np.where(further < 99, reach, 0))
-        reach *= 2
-    return found
+def _ray_distance(canvas: Canvas, step: Step) -> np.ndarray:
+    """Steps to the first foreground cell in a direction, 99 where there is none."""
+    colour, steps = (found[:, STAR.index(step)] for found in canvas.sights)
+    return np.where(colour == OUTSIDE, 99, steps)
 
 
 def line_planes(canvas: Canvas) -> Planes:
@@ -259,6 +254,6 @@ def value_planes(canvas: Canvas) -> Planes:
 def _nearest_colour(canvas: Canvas) -> np.ndarray:
     """Colour of the nearest foreground cell straight up, down, left or right (ties in this order)."""
     steps = [RAYS[n] for n in ("north", "south", "west", "east")]
-    distance = np.stack([_ray_distance(canvas, *step) for step in steps])
-    colour = np.stack([first_seen(canvas, *step) for step in steps])
+    distance = np.stack([_ray_distance(canvas, step) for step in steps])
+    colour = np.stack([canvas.sights[0][:, STAR.index(step)] for step in steps])
     return np.take_along_axis(colour, distance.argmin(0)[None], axis=0)[0]

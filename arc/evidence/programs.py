@@ -8,12 +8,13 @@ out: a program serves a query if it fits every *usable* demonstration with colou
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.changes import CHANGES
+from arc.evidence.canvas import Canvas
+from arc.evidence.changes import CHANGES, Reach
 from arc.evidence.cuts import CUTS
 from arc.evidence.scene import Grid, Scene, Shape
 
@@ -34,20 +35,26 @@ def colour_map(result: Grid, output: Grid) -> np.ndarray | None:
     """The map that turns `result` into `output` colour by colour, (10,) with UNKNOWN; None where there is none."""
     if result.shape != output.shape:
         return None
-    present = np.bincount((result.astype(np.int64) * 10 + output).reshape(-1), minlength=100).reshape(10, 10) > 0
-    if (present.sum(1) > 1).any():
+    pairs = set((result << 4 | output).tobytes())  # colours fit in four bits
+    if len(pairs) > 10:
         return None
-    return np.where(present.any(1), present.argmax(1), UNKNOWN)
+    replaced = [UNKNOWN] * 10
+    for pair in pairs:
+        if replaced[pair >> 4] != UNKNOWN:
+            return None
+        replaced[pair >> 4] = pair & 15
+    return np.array(replaced)
 
 
 class ProgramSearch:
     """All programs that fit enough demonstrations of a task to be of use to some query."""
 
-    def __init__(self, inputs: Sequence[Grid], outputs: Sequence[Grid], test_inputs: Sequence[Grid]):
-        self.n, self.outputs = len(outputs), list(outputs)
-        self.grids = [*inputs, *test_inputs]
-        self._scenes: dict[tuple[tuple[int, int], bytes], Scene] = {}
-        self._changed: dict[tuple[int, str], Grid | None] = {}
+    def __init__(self, canvas: Canvas, outputs: Sequence[Grid]):
+        """`canvas`: demonstration inputs first, then test inputs; `outputs`: of the demonstrations."""
+        self.n, self.outputs, self._canvas = len(outputs), list(outputs), canvas
+        self._scenes: dict[tuple[Shape, bytes], Scene] = {}
+        self._changed: dict[str, dict[Scene, Grid | None]] = {change: {} for change in CHANGES}
+        self._results: dict[tuple[Shape, bytes], Grid] = {}
         self._maps: dict[tuple[int, int], np.ndarray | None] = {}
         self.allowed = min(MAX_LEFT_OUT, self.n - 1)  # so many demonstrations may fail
         self._same_as: dict[str, str] = {}
@@ -58,19 +65,21 @@ class ProgramSearch:
         self._map = np.array(maps, np.int64).reshape(-1, self.n, 10)  # (P, n, 10)
         self._choices: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
 
-    def _scene(self, grid: Grid) -> Scene:
+    def _scene(self, grid: Grid, canvas: Canvas | None = None) -> Scene:
         """One scene for all equal grids, so that equal cuts are changed once."""
         key = (grid.shape, grid.tobytes())
         if key not in self._scenes:
-            self._scenes[key] = Scene(np.ascontiguousarray(grid))
+            self._scenes[key] = Scene(np.ascontiguousarray(grid), canvas)
+            self._results[key] = self._scenes[key].grid
         return self._scenes[key]
 
     def _cut_all(self) -> dict[str, tuple[Scene | None, ...]]:
         """Every cut of every grid; a cut whose results all equal an earlier cut's is left out."""
         distinct: dict[tuple[int, ...], str] = {}
         cuts: dict[str, tuple[Scene | None, ...]] = {}
+        inputs = [self._scene(grid, self._canvas.alone(index)) for index, grid in enumerate(self._canvas.grids)]
         for name, cut in CUTS.items():
-            grids = [_legal(cut(self._scene(grid))) for grid in self.grids]
+            grids = [_legal(cut(scene)) for scene in inputs]
             scenes = tuple(None if grid is None else self._scene(grid) for grid in grids)
             self._same_as[name] = distinct.setdefault(tuple(id(scene) for scene in scenes), name)
             if self._same_as[name] == name:
@@ -79,57 +88,81 @@ class ProgramSearch:
 
     def result(self, index: int, cut: str, change: str) -> Grid | None:
         """What the program makes of grid `index` (demonstration inputs first, then test inputs)."""
-        scene = self.cuts[self._same_as[cut]][index]
+        return self._result(self.cuts[self._same_as[cut]][index], change)
+
+    def _result(self, scene: Scene | None, change: str) -> Grid | None:
         if scene is None or not change:
             return None if scene is None else scene.grid
-        key = (id(scene), change)
-        if key not in self._changed:
-            self._changed[key] = _legal(CHANGES[change].apply(scene))
-        return self._changed[key]
+        found = self._changed[change]
+        if scene not in found:
+            grid = _legal(CHANGES[change].apply(scene))
+            found[scene] = None if grid is None else self._results.setdefault((grid.shape, grid.tobytes()), grid)
+        return found[scene]
 
     def _search(self) -> list[Program]:
-        """Programs by order of declaration; where shapes alone rule one out it is not run."""
+        """Programs by order of declaration; where shapes and colours alone rule one out it is not run."""
         programs: list[Program] = []
-        by_shape: dict[tuple[tuple[int, int] | None, ...], list[str]] = {}
-        for name, scenes in self.cuts.items():
-            by_shape.setdefault(tuple(None if s is None else s.grid.shape for s in scenes[: self.n]), []).append(name)
-        order = {name: k for k, name in enumerate(self.cuts)}
-        possible: dict[Callable[[Shape, Shape], bool], list[str]] = {}  # most changes share one of few rules of shapes
+        cuts = {adds_colours: self._alike(adds_colours) for adds_colours in (False, True)}
+        possible: dict[tuple[Reach, bool], dict[str, list[bool]]] = {}  # most changes share one of few rules of shapes
         for change in ("", *CHANGES):
-            may = CHANGES[change].may if change else operator.eq
-            if may not in possible:
-                fits = [n for shapes, names in by_shape.items() if self._possible(shapes, may) for n in names]
-                possible[may] = sorted(fits, key=order.__getitem__)
-            for cut in possible[may]:
-                if change and not CHANGES[change].on_parts and cut != "all":
-                    continue
-                maps = self._fits(cut, change)
+            rule = (CHANGES[change].may, CHANGES[change].adds_colours) if change else (operator.eq, False)
+            if rule not in possible:
+                possible[rule] = self._possible(cuts[rule[1]], rule[0])
+            on_parts = not change or CHANGES[change].on_parts
+            for cut, fitting in possible[rule].items():
+                maps = self._fits(cut, change, fitting) if on_parts or cut == "all" else None
                 if maps is not None:
                     programs.append(Program(cut, change, maps))
         return programs
 
-    def _possible(self, shapes: tuple[Shape | None, ...], may: Callable[[Shape, Shape], bool]) -> bool:
-        """Whether enough demonstrations may fit, to judge by the shapes before and after."""
-        fails = 0
-        for shape, output in zip(shapes, self.outputs, strict=True):
-            fails += shape is None or not may(shape, output.shape)
-        return fails <= self.allowed
+    def _alike(self, adds_colours: bool) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
+        """Cuts, numbered by order of declaration, by the shapes they leave of the demonstrations.
 
-    def _fits(self, cut: str, change: str) -> tuple[np.ndarray | None, ...] | None:
-        """Colour maps on all demonstrations; None as soon as too many fail for any query to use the program."""
-        failures, maps = 0, []
-        for index, output in enumerate(self.outputs):
-            result = self.result(index, cut, change)
-            maps.append(None if result is None else self._map_once(index, result, output))
+        None stands for a cut that leaves nothing, or too few colours: a map makes no more of them, and a change only if
+        it `adds_colours`.
+        """
+        groups: dict[tuple[Shape | None, ...], list[tuple[int, str]]] = {}
+        variety = [0 if adds_colours else len(np.unique(output)) for output in self.outputs]
+        for number, (name, scenes) in enumerate(self.cuts.items()):
+            rich = [
+                scene.grid.shape if scene is not None and scene.variety >= least else None
+                for scene, least in zip(scenes, variety, strict=False)
+            ]
+            groups.setdefault(tuple(rich), []).append((number, name))
+        return groups
+
+    def _possible(
+        self, cuts: dict[tuple[Shape | None, ...], list[tuple[int, str]]], may: Reach
+    ) -> dict[str, list[bool]]:
+        """Cuts of which enough demonstrations may fit, and which, to judge by the shapes before and after."""
+        possible = []
+        for shapes, names in cuts.items():
+            pairs = zip(shapes, self.outputs, strict=True)
+            fitting = [shape is not None and may(shape, output.shape) for shape, output in pairs]
+            if self.n - sum(fitting) <= self.allowed:
+                possible += [(number, name, fitting) for number, name in names]
+        return {name: fitting for _, name, fitting in sorted(possible)}
+
+    def _fits(self, cut: str, change: str, fitting: list[bool]) -> tuple[np.ndarray | None, ...] | None:
+        """Colour maps on all demonstrations, of which those of `fitting` may have one; None as soon as too many fail
+        for any query to use the program."""
+        maps: list[np.ndarray | None] = []
+        failures = self.n - sum(fitting)
+        for index, scene in enumerate(self.cuts[cut][: self.n]):
+            if not fitting[index]:
+                maps.append(None)
+                continue
+            result = self._result(scene, change)
+            maps.append(None if result is None else self._map_once(index, result))
             failures += maps[-1] is None
             if failures > self.allowed:
                 return None
         return tuple(maps)
 
-    def _map_once(self, index: int, result: Grid, output: Grid) -> np.ndarray | None:
-        key = (index, id(result))  # results are kept, so their ids are not reused
+    def _map_once(self, index: int, result: Grid) -> np.ndarray | None:
+        key = (index, id(result))  # results are kept, so their ids are not reused; of equal results one is kept
         if key not in self._maps:
-            self._maps[key] = colour_map(result, output)
+            self._maps[key] = colour_map(result, self.outputs[index])
         return self._maps[key]
 
     def fitting(self, usable: Sequence[int]) -> list[tuple[int, np.ndarray]]:
@@ -170,6 +203,7 @@ class ProgramSearch:
 
 
 def _legal(grid: Grid | None) -> Grid | None:
-    if grid is None or min(grid.shape) < 1 or max(grid.shape) > 30:
+    if grid is None:
         return None
-    return grid
+    height, width = grid.shape
+    return grid if 0 < height <= 30 and 0 < width <= 30 else None

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from arc.evidence.scene import Grid, Scene, Transform, crop
+from arc.evidence.scene import Grid, Scene, Transform, crop, once
 
 MaskPick = Callable[[Scene], "int | None"]
 
 
+@once
 def _patch_colour(scene: Scene) -> int | None:
     """The colour whose cells all lie in one filled rectangle of more than two cells, the largest such."""
     best: tuple[int, int] | None = None
-    for colour in np.unique(scene.grid).tolist():
-        mask = scene.grid == colour
-        box = crop(mask, mask)
-        if box is not None and box.all() and box.size > 2 and box.size < mask.size // 2:
-            best = max(best or (0, 0), (box.size, colour))
+    for colour in np.flatnonzero(scene.counts).tolist():
+        size = int(scene.counts[colour])
+        if not 2 < size < scene.grid.size // 2:
+            continue
+        box = crop(scene.grid, scene.grid == colour)
+        if box is not None and box.size == size:
+            best = max(best or (0, 0), (size, colour))
     return best[1] if best else None
 
 
 def _overlap(a: Grid, b: Grid, hidden: int) -> int:
     """How many cells agree where neither is hidden; -1 if any disagree."""
     open_ = (a != hidden) & (b != hidden)
-    return -1 if (a[open_] != b[open_]).any() else int(open_.sum())
+    return -1 if (open_ & (a != b)).any() else int(np.count_nonzero(open_))
 
 
 def _moved_pair(grid: Grid, dr: int, dc: int) -> tuple[Grid, Grid]:
@@ -36,42 +40,108 @@ def _moved_pair(grid: Grid, dr: int, dc: int) -> tuple[Grid, Grid]:
     return here, there
 
 
-def _periods(grid: Grid, hidden: int) -> list[tuple[int, int]]:
-    """The shortest shifts along rows, along columns and along either diagonal slope that contradict no visible cell."""
-    height, width = grid.shape
-    families = [
-        [(0, k) for k in range(1, width * 2 // 3 + 1)],
-        [(k, 0) for k in range(1, height * 2 // 3 + 1)],
-        [(1, k) for k in range(1, width // 2)],
-        [(1, -k) for k in range(1, width // 2)],
-    ]
-    found = []
-    for family in families:
-        for dr, dc in family:
-            if _overlap(*_moved_pair(grid, dr, dc), hidden) >= grid.size // 4:
-                found.append((dr, dc))
-                break
-    return found
+class _Agreement:
+    """Where a grid (H, W) with a hidden colour agrees with moved and mirrored images of itself.
+
+    What `_overlap` says is found for all shifts, or all axes, at once: the visible cells as one-hot colours, multiplied
+    line by line, count the agreeing cells of every two lines; a shift or an axis is a diagonal of such a product.
+    Counts are at most 900, so float32 holds them exactly.
+    """
+
+    def __init__(self, grid: Grid, hidden: int):
+        visible = (grid[:, :, None] == np.delete(np.arange(10, dtype=np.uint8), hidden)).astype(np.float32)
+        self.seen = np.concatenate([visible, visible.sum(2, keepdims=True)], axis=2)  # (H, W, 9 colours and "any")
+
+    def _counts(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cells that agree, and cells visible in both, of each line of `first` with each of `second` (n, m, 10)."""
+        n, m = len(first), len(second)
+        agree = first[:, :, :9].reshape(n, -1) @ second[:, :, :9].reshape(m, -1).T
+        return agree, first[:, :, 9] @ second[:, :, 9].T
+
+    def _along(self, diagonal: np.ndarray, agree: np.ndarray, both: np.ndarray) -> np.ndarray:
+        """Agreeing cells on each numbered diagonal, -1 where any disagree."""
+        agree, both = (np.bincount(diagonal, counts.reshape(-1)) for counts in (agree, both))
+        return np.where(agree == both, agree, -1)
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._counts(self.seen, self.seen)
+
+    @cached_property
+    def _cols(self) -> tuple[np.ndarray, np.ndarray]:
+        turned = self.seen.transpose(1, 0, 2)
+        return self._counts(turned, turned)
+
+    def axes(self) -> list[int | None]:
+        """Along rows and along columns the sum r + r' of mirrored line numbers with the largest agreement, none
+        contradicting."""
+        height, width = self.seen.shape[:2]
+        best: list[int | None] = []
+        for length, counts in ((height, self._rows), (width, self._cols)):
+            first = length // 2
+            overlaps = self._along(_sums(length), *counts)[first : 3 * length // 2]
+            total = int(overlaps.argmax())
+            best.append(first + total if overlaps[total] > height * width // 3 else None)
+        return best
+
+    def periods(self) -> list[tuple[int, int]]:
+        """The shortest shifts along rows, along columns and along either diagonal slope that contradict no cell."""
+        height, width = self.seen.shape[:2]
+        across = self._along(_differences(width), *self._cols)[width - 1 :]
+        down = self._along(_differences(height), *self._rows)[height - 1 :]
+        turned = self.seen.transpose(1, 0, 2)
+        sloped = self._along(_differences(width), *self._counts(turned[:, :-1], turned[:, 1:]))
+        right, left = sloped[width - 1 :], sloped[width - 1 :: -1]  # one row down and 0, 1, 2, ... columns further
+        found = []
+        for (dr, dc), overlaps, end in (
+            ((0, 1), across, width * 2 // 3 + 1),
+            ((1, 0), down, height * 2 // 3 + 1),
+            ((1, 1), right, width // 2),
+            ((1, -1), left, width // 2),
+        ):
+            steps = np.flatnonzero(overlaps[1:end] >= height * width // 4)
+            if len(steps):
+                step = int(steps[0]) + 1
+                found.append((step, 0) if dc == 0 else (dr, dc * step))
+        return found
+
+
+@lru_cache
+def _sums(n: int) -> np.ndarray:
+    """The sum of row and column number in an (n, n) matrix, flat: 0 .. 2n - 2."""
+    return np.add.outer(np.arange(n), np.arange(n)).reshape(-1)
+
+
+@lru_cache
+def _differences(n: int) -> np.ndarray:
+    """Column number less row number plus n - 1 in an (n, n) matrix, flat: 0 .. 2n - 2."""
+    return np.subtract.outer(np.arange(n - 1, 2 * n - 1), np.arange(n)).T.reshape(-1)
+
+
+def _agreement(scene: Scene, mask: int) -> _Agreement:
+    return scene.remember((_Agreement, mask), lambda: _Agreement(scene.grid, mask))
 
 
 def repeated(hidden: MaskPick) -> Transform:
     """Hidden cells filled in from the repetitions of the visible ones."""
 
+    @once
     def change(scene: Scene) -> Grid | None:
         mask = hidden(scene)
-        if mask is None or not (scene.grid == mask).any():
+        if mask is None or not scene.counts[mask]:
             return None
-        shifts = _periods(scene.grid, mask)
+        shifts = _agreement(scene, mask).periods()
         if not shifts:
             return None
         result = scene.grid.copy()
+        left = int(scene.counts[mask])
         for _ in range(max(result.shape)):
-            before = int((result == mask).sum())
+            before = left
             for dr, dc in shifts:
                 here, there = _moved_pair(result, dr, dc)
                 np.copyto(here, there, where=here == mask)
                 np.copyto(there, here, where=there == mask)
-            left = int((result == mask).sum())
+            left = int(np.count_nonzero(result == mask))
             if left in (0, before):
                 break
         return result
@@ -79,29 +149,17 @@ def repeated(hidden: MaskPick) -> Transform:
     return change
 
 
-def _best_axis(grid: Grid, hidden: int) -> int | None:
-    """The sum r + r' of mirrored row numbers with the largest agreement, none contradicting."""
-    height = len(grid)
-    best, best_overlap = None, height * grid.shape[1] // 3
-    for total in range(height // 2, 3 * height // 2):
-        low, high = max(0, total - height + 1), min(height - 1, total)
-        rows = np.arange(low, high + 1)
-        overlap = _overlap(grid[rows], grid[total - rows], hidden)
-        if overlap > best_overlap:
-            best, best_overlap = total, overlap
-    return best
-
-
 def mirrored(hidden: MaskPick) -> Transform:
     """Hidden cells filled in from the mirror images of the visible ones, axes found by agreement."""
 
+    @once
     def change(scene: Scene) -> Grid | None:
         mask = hidden(scene)
-        if mask is None or not (scene.grid == mask).any():
+        if mask is None or not scene.counts[mask]:
             return None
         result = scene.grid.copy()
         square = scene.grid.shape[0] == scene.grid.shape[1]
-        axes = [_best_axis(scene.grid, mask), _best_axis(scene.grid.T, mask)]
+        axes = _agreement(scene, mask).axes()
         turned = square and _overlap(scene.grid, scene.grid.T, mask) > 0
         if axes == [None, None] and not turned:
             return None

@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
-from arc.evidence.canvas import Canvas, background, first_seen, ranked_colours
+from arc.evidence.canvas import DOWN, OUTSIDE, RIGHT, STAR, Canvas, Step, background, look, ranked_colours
 
 Grid = np.ndarray
 Shape = tuple[int, int]
+T = TypeVar("T")
 Transform = Callable[["Scene"], "Grid | None"]  # None: does not apply
 
 
 class Scene:
     """A grid with the facts transforms ask for, each computed when first needed."""
 
-    def __init__(self, grid: Grid):
-        self.grid = grid
-        self._rays: dict[tuple[int, int], np.ndarray] = {}
+    def __init__(self, grid: Grid, canvas: Canvas | None = None):
+        """`canvas`: that of the grid, where there is one already."""
+        self.grid, self._canvas = grid, canvas
+        self._facts: dict[Hashable, Any] = {}
+
+    def remember(self, name: Hashable, find: Callable[[], T]) -> T:
+        """A fact about the grid by name, found when first asked for."""
+        if name not in self._facts:
+            self._facts[name] = find()
+        return self._facts[name]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Cells of each colour: (10,)."""
+        return np.bincount(self.grid.reshape(-1), minlength=10)
+
+    @cached_property
+    def variety(self) -> int:
+        """How many different colours."""
+        return int(np.count_nonzero(self.counts))
 
     @cached_property
     def background(self) -> int:
-        return background(self.grid)
+        return background(self.counts)
 
     @cached_property
     def foreground(self) -> np.ndarray:
         return self.grid != self.background
 
     @cached_property
-    def canvas(self) -> Canvas:
-        return Canvas([self.grid])
+    def foreground_box(self) -> Grid | None:
+        return crop(self.grid, self.foreground)
 
-    def ray(self, dr: int, dc: int) -> np.ndarray:
-        """Colour of the first foreground cell in a direction, OUTSIDE where there is none."""
-        if (dr, dc) not in self._rays:
-            self._rays[dr, dc] = first_seen(self.canvas, dr, dc)[0]
-        return self._rays[dr, dc]
+    @cached_property
+    def canvas(self) -> Canvas:
+        return self._canvas or Canvas([self.grid])
+
+    @cached_property
+    def rays(self) -> dict[Step, np.ndarray]:
+        """Colour of the first foreground cell in each direction of STAR, OUTSIDE where there is none: uint8."""
+        met, _ = look(np.where(self.foreground, self.grid, np.uint8(OUTSIDE)), OUTSIDE, STAR)
+        return dict(zip(STAR, met, strict=True))
+
+    @cached_property
+    def between(self) -> dict[Step, np.ndarray]:
+        """The colour met both along a step and against it, OUTSIDE where there is no such: uint8."""
+        return {
+            (dr, dc): np.where(self.rays[dr, dc] == self.rays[-dr, -dc], self.rays[dr, dc], np.uint8(OUTSIDE))
+            for dr, dc in (RIGHT, DOWN, (1, 1), (1, -1))
+        }
 
     @cached_property
     def colours(self) -> list[int]:
         """Foreground colours, commonest first (ties: the smaller)."""
-        return ranked_colours(self.grid, self.background)
+        return ranked_colours(self.counts, self.background)
+
+    @cached_property
+    def lines(self) -> tuple[list[int], list[int], int | None]:
+        return lines(self.grid)
 
     @cached_property
     def panels(self) -> list[Grid]:
         """Equal panels between full lines of one colour, in reading order; else the halves the grid falls into."""
-        rows, cols, colour = lines(self.grid)
+        rows, cols, colour = self.lines
         if colour is None:
             return []
         height, width = self.grid.shape
@@ -69,11 +104,21 @@ class Scene:
         return np.split(self.grid, 2, axis=0) if height % 2 == 0 else []
 
 
+def once(fact: Callable[[Scene], T]) -> Callable[[Scene], T]:
+    """A function of a scene that several transforms ask for, computed once a scene."""
+
+    def recall(scene: Scene) -> T:
+        return scene.remember(fact, lambda: fact(scene))
+
+    return recall
+
+
 def crop(grid: Grid, mask: np.ndarray) -> Grid | None:
     """The part of a grid inside the bounding box of a mask; None for an empty mask."""
-    if not mask.any():
+    rows = np.flatnonzero(mask.any(1))
+    if not len(rows):
         return None
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    cols = np.flatnonzero(mask.any(0))
     return grid[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
 
 
@@ -94,19 +139,15 @@ def lines(grid: np.ndarray) -> tuple[list[int], list[int], int | None]:
 
     The colour is the one with the most such lines (ties: the smaller); the grid's commonest colour does not count.
     """
-    flat_rows = [int(row[0]) if (row == row[0]).all() else -1 for row in grid]
-    flat_cols = [int(col[0]) if (col == col[0]).all() else -1 for col in grid.T]
-    tally = np.bincount([c for c in flat_rows + flat_cols if c >= 0], minlength=10)
-    values, counts = np.unique(grid, return_counts=True)
-    tally[values[counts.argmax()]] = 0
+    row_colour, row_flat = grid[:, 0], (grid == grid[:, :1]).all(1)
+    col_colour, col_flat = grid[0], (grid == grid[:1]).all(0)
+    tally = np.bincount(np.concatenate([row_colour[row_flat], col_colour[col_flat]]), minlength=10)
+    tally[np.bincount(grid.reshape(-1), minlength=10).argmax()] = 0
     if not tally.any():
         return [], [], None
     colour = int(tally.argmax())
-    return (
-        [r for r, c in enumerate(flat_rows) if c == colour],
-        [k for k, c in enumerate(flat_cols) if c == colour],
-        colour,
-    )
+    rows = np.flatnonzero(row_flat & (row_colour == colour)).tolist()
+    return rows, np.flatnonzero(col_flat & (col_colour == colour)).tolist(), colour
 
 
 def spans(separators: Sequence[int], length: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -41,12 +42,23 @@ class View:
     index: int
     programs: Programs | None = None
 
-    def objects(self, kind: str) -> list[int]:
-        """Component numbers of this grid among `shapes`, `clusters` or `regions`, in reading order."""
-        return np.flatnonzero(self.group(kind).grid == self.index).tolist()
+    def count(self, kind: str) -> int:
+        """How many `shapes`, `clusters` or `regions` this grid has."""
+        objects: Objects = getattr(self.canvas, kind)
+        return objects.per_grid[self.index]
 
-    def group(self, kind: str) -> Objects:
-        return getattr(self.canvas, kind)
+    @cached_property
+    def lines(self) -> tuple[list[int], list[int], int | None]:
+        return lines(self.grid)
+
+    @cached_property
+    def foreground_box(self) -> Size | None:
+        return _box(self.grid != self.canvas.background[self.index])
+
+    @cached_property
+    def colour_boxes(self) -> list[Size | None]:
+        """The box of each foreground colour, commonest first."""
+        return [_box(self.grid == colour) for colour in self.canvas.colours[self.index]]
 
 
 class Programs(Protocol):
@@ -96,7 +108,7 @@ def _box(mask: np.ndarray) -> Size | None:
 
 def _foreground_box(margin: int = 0) -> SizeFunction:
     def rule(view: View, _: Sequence[Demo]) -> Size | None:
-        box = _box(view.grid != view.canvas.background[view.index])
+        box = view.foreground_box
         return None if box is None else (box[0] + margin, box[1] + margin)
 
     return rule
@@ -104,29 +116,22 @@ def _foreground_box(margin: int = 0) -> SizeFunction:
 
 def _colour_box(rank: int, margin: int = 0) -> SizeFunction:
     def rule(view: View, _: Sequence[Demo]) -> Size | None:
-        colours = view.canvas.colours[view.index]
-        if not -len(colours) <= rank < len(colours):
+        boxes = view.colour_boxes
+        if not -len(boxes) <= rank < len(boxes):
             return None
-        box = _box(view.grid == colours[rank])
+        box = boxes[rank]
         return None if box is None else (box[0] + margin, box[1] + margin)
 
     return rule
 
 
-def _object_box(kind: str, key: Callable[[Objects, int], float], margin: int = 0) -> SizeFunction:
+def _object_box(kind: str, key: Callable[[Objects], np.ndarray], margin: int = 0) -> SizeFunction:
     """Bounding box of the object with the largest key; silent when two of different size share it."""
 
     def rule(view: View, _: Sequence[Demo]) -> Size | None:
-        group, members = view.group(kind), view.objects(kind)
-        if not members:
-            return None
-        keys = [key(group, m) for m in members]
-        top = max(keys)
-        best = {(int(group.height[m]), int(group.width[m])) for m, k in zip(members, keys, strict=True) if k == top}
-        if len(best) != 1:
-            return None
-        h, w = best.pop()
-        return h + margin, w + margin
+        objects: Objects = getattr(view.canvas, kind)
+        box = objects.best_boxes(key)[view.index]
+        return None if box is None else (box[0] + margin, box[1] + margin)
 
     return rule
 
@@ -136,7 +141,7 @@ def _count(counter: Callable[[View], int], shape: Callable[[int], Size]) -> Size
 
 
 def _panel_size(view: View, _: Sequence[Demo]) -> Size | None:
-    rows, cols, colour = lines(view.grid)
+    rows, cols, colour = view.lines
     if colour is None:
         return None
     heights = {b - a for a, b in spans(rows, view.grid.shape[0])}
@@ -145,7 +150,7 @@ def _panel_size(view: View, _: Sequence[Demo]) -> Size | None:
 
 
 def _panel_count(view: View, _: Sequence[Demo]) -> Size | None:
-    rows, cols, colour = lines(view.grid)
+    rows, cols, colour = view.lines
     if colour is None:
         return None
     return len(spans(rows, view.grid.shape[0])), len(spans(cols, view.grid.shape[1]))
@@ -159,6 +164,11 @@ def _changes(axis: int) -> Callable[[np.ndarray], int]:
         return 1 + int((g[1:] != g[:-1]).any(1).sum())
 
     return count
+
+
+def _distinct(grid: np.ndarray) -> int:
+    """How many different rows."""
+    return len({row.tobytes() for row in grid})
 
 
 def _period(grid: np.ndarray) -> Size:
@@ -297,7 +307,7 @@ def _from_the_grid() -> list[SizeRule]:
         SizeRule("shorter_side", _by_grid(lambda g: (min(g.shape), min(g.shape))), "a square of the shorter side"),
         SizeRule("times_colours", _times(_colours), "the input's sides times the number of foreground colours"),
         SizeRule("times_cells", _times(_foreground_cells), "the input's sides times the number of foreground cells"),
-        SizeRule("times_objects", _times(lambda v: len(v.objects("shapes"))), "the input's sides times the objects"),
+        SizeRule("times_objects", _times(lambda v: v.count("shapes")), "the input's sides times the objects"),
         SizeRule("doubled_less_1", _by_grid(lambda g: (2 * g.shape[0] - 1, 2 * g.shape[1] - 1)), "2 H - 1, 2 W - 1"),
         SizeRule("period", _by_grid(_period), "the smallest tile that the input repeats"),
         SizeRule(
@@ -307,7 +317,7 @@ def _from_the_grid() -> list[SizeRule]:
         ),
         SizeRule(
             "distinct_lines",
-            _by_grid(lambda g: (len(np.unique(g, axis=0)), len(np.unique(g, axis=1).T))),
+            _by_grid(lambda g: (_distinct(g), _distinct(g.T))),
             "different rows, different columns",
         ),
         SizeRule("panel", _panel_size, "one panel of a grid cut by full lines"),
@@ -327,18 +337,18 @@ def _boxes() -> list[SizeRule]:
     return rules
 
 
-_OBJECT_KEYS: dict[str, Callable[[Objects, int], float]] = {
-    "largest": lambda o, m: o.size[m],
-    "smallest": lambda o, m: -o.size[m],
-    "tallest": lambda o, m: o.height[m],
-    "widest": lambda o, m: o.width[m],
-    "biggest_box": lambda o, m: o.height[m] * o.width[m],
-    "most_colours": lambda o, m: o.colours[m],
-    "rarest": lambda o, m: -int(o.twin_count[m]),
-    "commonest": lambda o, m: int(o.twin_count[m]),
-    "inner": lambda o, m: (not o.touches[m]) * o.size[m],
-    "solid": lambda o, m: (o.size[m] == o.height[m] * o.width[m]) * o.size[m],
-    "emptiest": lambda o, m: o.height[m] * o.width[m] - o.size[m],
+_OBJECT_KEYS: dict[str, Callable[[Objects], np.ndarray]] = {
+    "largest": lambda o: o.size,
+    "smallest": lambda o: -o.size,
+    "tallest": lambda o: o.height,
+    "widest": lambda o: o.width,
+    "biggest_box": lambda o: o.height * o.width,
+    "most_colours": lambda o: o.colours,
+    "rarest": lambda o: -o.twin_count,
+    "commonest": lambda o: o.twin_count,
+    "inner": lambda o: ~o.touches * o.size,
+    "solid": lambda o: (o.size == o.height * o.width) * o.size,
+    "emptiest": lambda o: o.height * o.width - o.size,
 }
 
 
@@ -361,8 +371,8 @@ def _objects() -> list[SizeRule]:
 def _counts() -> list[SizeRule]:
     rules = []
     counters: dict[str, Callable[[View], int]] = {
-        "shapes": lambda v: len(v.objects("shapes")),
-        "clusters": lambda v: len(v.objects("clusters")),
+        "shapes": lambda v: v.count("shapes"),
+        "clusters": lambda v: v.count("clusters"),
         "colours": _colours,
         "cells": _foreground_cells,
     }

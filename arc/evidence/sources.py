@@ -78,11 +78,13 @@ def _spread(cut: str) -> Callable[[OutputCells], np.ndarray]:
 
 
 def _whole(cut: str, change: str) -> Callable[[OutputCells], np.ndarray]:
-    """The result of a whole-grid transform, where it has the output's size."""
+    """The result of a whole-grid transform, where it has the output's size. A change keeps the shape (SAME_SHAPE)."""
 
     def source(cells: OutputCells) -> np.ndarray:
         values = np.full(len(cells), UNAVAILABLE, np.uint8)
         for number, (grid, height, width) in enumerate(cells.items):
+            if change and cells.canvas.grids[grid].shape != (height, width):
+                continue
             result = cells.transformed(grid, cut, change)
             if result is not None and result.shape == (height, width):
                 values[cells.slice(number)] = result.reshape(-1)
