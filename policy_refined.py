@@ -58,8 +58,9 @@ def size_agreement(prediction: Tensor, target: Tensor) -> Tensor:
 
 def colour_histogram(grid: Tensor) -> Tensor:
     """(B, 10) share of each colour; all zero for an empty grid."""
-    counts = F.one_hot(grid.clamp(min=0).long(), NUM_COLOURS) * (grid >= 0)[..., None]
-    counts = counts.flatten(1, 2).sum(1).float()
+    places = grid.flatten(1) + 1  # what is outside is counted first, and left out
+    ones = torch.ones((), device=grid.device).expand_as(places)
+    counts = torch.zeros(len(grid), 1 + NUM_COLOURS, device=grid.device).scatter_add(1, places.long(), ones)[:, 1:]
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -271,7 +272,7 @@ def context_feedback(agent: GridAgent, context: Sequence[QueryBatch], prompt: Te
     for query in context:  # batches of similar size, each with a graph of its own
         with torch.enable_grad():
             leaf = prompt.detach().float().requires_grad_()
-            output = agent(query, leaf)
+            output = agent(query, leaf, held=True)
             losses = output.pair_loss(query) / pairs[query.owner]
             gradient += torch.autograd.grad(losses.sum(), leaf)[0]
         with torch.no_grad():

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arc import fused
 from arc.batches import OUTSIDE, QueryBatch, reverse_queries
 from arc.evidence import CLASS_WEIGHTS
 from arc.tasks import MAX_SIDE, NUM_COLOURS
@@ -158,11 +159,16 @@ class Places:
     from a cell of the output stands the input's cell that the symmetry brings there. So mirroring and turning are a
     matter of choosing a head. Shifting is one of choosing a distance: each head looks from a place as far from the
     cell's own as the condition says.
+
+    turns: the angles of `place` and of the keys as complex numbers where the blocks are those of arc/fused.py. held:
+    such blocks compute no gradient of their weights.
     """
 
     place: Tensor
     key: tuple[Tensor, Tensor]
     frequencies: Tensor
+    turns: tuple[Tensor, Tensor] | None = None
+    held: bool = False
 
 
 class Block(nn.Module):
@@ -192,6 +198,12 @@ class Block(nn.Module):
         """x (B, L, W), condition (B, C), mask (B, 1, 1, L) additive or None, colours (B, L, 10) of the input, one-hot
         -> (B, L, W), and the colours that each head looked at (B, heads, L, 10)."""
         shift_a, scale_a, shift_m, scale_m = self.modulation(condition)[:, None].chunk(4, dim=-1)  # (B, 1, W) each
+        if places.turns is not None:
+            layers = (self.qkv, self.out, self.up, self.down)
+            qkv, out, up, down = (layer.weight.detach() if places.held else layer.weight for layer in layers)
+            looking, turns = self.looking(condition), (places.turns, places.frequencies)
+            x, looked_at = fused.attention(x, shift_a, scale_a, looking, qkv, out, *turns, mask, colours)
+            return fused.mlp(x, shift_m, scale_m, up, down), looked_at
         normed = F.rms_norm(x, x.shape[-1:]) * (1 + scale_a) + shift_a
         q, k, v = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d)
         looking = self.looking(condition).float()[:, :, None, None].chunk(4, dim=1)  # (B, heads, 1, 1) each
@@ -313,10 +325,11 @@ class GridAgent(nn.Module):
         count, width = sum(p.numel() for p in self.parameters()), self.head.in_features
         return f"Agent: {count:,} parameters, {len(self.blocks)} blocks x {self.passes} passes, width {width}"
 
-    def forward(self, query: QueryBatch, prompt: Tensor, *, reverse: bool = False) -> AgentOutput:
+    def forward(self, query: QueryBatch, prompt: Tensor, *, reverse: bool = False, held: bool = False) -> AgentOutput:
         """Predict outputs. prompt (P, K, D): query i is answered under prompt[query.owner[i]].
 
         reverse=True: the queries ask for the input of a given output (the reversibility term's direction flag).
+        held=True: the prompt's gradient will be asked for, the weights' not (which the fused blocks cannot know).
         """
         prompt = self.prompt_norm(prompt[query.owner].float()).flatten(1)  # (B, K * D)
         condition = self.query_condition(query, prompt, reverse)  # (B, C)
@@ -331,12 +344,12 @@ class GridAgent(nn.Module):
         sharpness, copying = self.sharpness(condition).float()[:, None].unbind(-1)  # (B, 1)
         copied = F.one_hot(query.neighbours[..., 4].long(), NUM_COLOURS + 1)[..., :NUM_COLOURS]  # (B, L, 10)
         paints = self.paints(prompt).float().unflatten(-1, (-1, NUM_COLOURS))  # (B, 10 + FINDINGS, 10)
-        places = self.places(query)
+        places = self.places(query, held=held and not self.is_compiled)
         mask = None
         if query.padded or self.is_compiled:  # one code for both, where it has to be compiled
             mask = torch.zeros_like(query.valid, dtype=torch.float32).masked_fill(~query.valid, -1e4)[:, None, None]
         logits: list[Tensor] = []
-        x = token
+        x = token if places.turns is None else token.float()
         for _ in range(self.passes):
             for block in self.blocks:
                 x, looked_at = block(x, condition, places, mask, copied)
@@ -388,7 +401,7 @@ class GridAgent(nn.Module):
             + self.vote_embedding(torch.cat((torch.log(vote + MIXTURE_FLOOR), flags), -1))
         )
 
-    def places(self, query: QueryBatch) -> Places:
+    def places(self, query: QueryBatch, *, held: bool = False) -> Places:
         """Rotary positions of the query's cells; under each head's symmetry, where there are heads for all."""
         place = torch.stack((query.row, query.column), -1).float()[:, None]  # (B, 1, L, 2)
         turned = [place]
@@ -397,7 +410,11 @@ class GridAgent(nn.Module):
             height, width = (query.in_size[:, None, None] - 1).unbind(-1)  # (B, 1, 1) each
             mirrored = [(a, b) for a in (rows, height - rows) for b in (columns, width - columns)]
             turned = [torch.stack(pair, -1) for a, b in mirrored for pair in ((a, b), (b, a))] * (self.heads // 8)
-        return Places(place, rotary_angles(torch.cat(turned, 1), self.frequencies), self.frequencies)
+        places = Places(place, rotary_angles(torch.cat(turned, 1), self.frequencies), self.frequencies, held=held)
+        if place.device.type == "cpu" and not self.is_compiled:
+            own = places.key if len(turned) == 1 else rotary_angles(place, self.frequencies)
+            places.turns = torch.complex(*own), torch.complex(*places.key)
+        return places
 
     def size_logits(self, query: QueryBatch, condition: Tensor, normed: Tensor) -> Tensor:
         """(B, 30, 30): log of the rules' weighted vote for each size, plus a learned correction of each side."""

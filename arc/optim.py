@@ -120,7 +120,9 @@ class JointOptimizer:
                     parts[optimizer].append({**group, "weight_decay": decay})
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if parts["adamw"]:
-            self.optimizers["adamw"] = torch.optim.AdamW(parts["adamw"], betas=betas)
+            # In one call on a CPU, where torch by itself goes through the parameters one by one.
+            fused = True if parts["adamw"][0]["params"][0].device.type == "cpu" else None
+            self.optimizers["adamw"] = torch.optim.AdamW(parts["adamw"], betas=betas, fused=fused)
         if parts["muon"]:
             self.optimizers["muon"] = Muon(parts["muon"], matrix_dtype(parts["muon"][0]["params"][0].device))
         if parts["adamw8bit"]:
@@ -200,7 +202,12 @@ class JointOptimizer:
                 }
                 for index, own in state[name]["state"].items()
             }
-            optimizer.load_state_dict({**state[name], "state": moments})
+            # How a step is computed is this machine's, not the checkpoint's.
+            ways = [
+                {key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups
+            ]
+            groups = [{**saved, **way} for saved, way in zip(state[name]["param_groups"], ways, strict=True)]
+            optimizer.load_state_dict({**state[name], "state": moments, "param_groups": groups})
 
 
 def is_moment(value: Any, parameter: Tensor) -> bool:

@@ -26,6 +26,7 @@ Finding and loading the model is arc/qwen_source.py's.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -238,7 +239,12 @@ class QwenPrompt(nn.Module):
         behind a row's length has no influence on the result.
         """
         frozen = self.tune == "frozen" and self._all_attention
-        states = self._read_frozen(ids, lengths) if frozen else self._read(ids, lengths)  # (B, K, hidden)
+        read = self._read_frozen if frozen else self._read
+        # Layers as narrow as the tiny model's lose more by casting on a CPU than its bf16 products win, and the way
+        # back through torch's attention takes three times as long in bf16.
+        narrow = self.is_tiny and ids.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if narrow else contextlib.nullcontext():
+            states = read(ids, lengths)  # (B, K, hidden)
         # fp32 also under autocast: the steps that refine a prompt are smaller than bf16 resolves. A tensor of its own:
         # FSDP2 gathers the weights for the way back in a hook of what comes out here, which a view could lose.
         return self.project(states).float().clone(), states.float().mean(1)
