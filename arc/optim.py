@@ -191,23 +191,51 @@ class JointOptimizer:
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the moments. The groups with their settings, and how a step is computed, are this run's: what a
+        checkpoint says of them is not believed. Raises: UserError where its moments are not those of these parameters.
+        """
         if set(state) != set(self.optimizers):
-            raise ValueError(f"checkpoint has optimizers {sorted(state)}, this run has {sorted(self.optimizers)}")
+            raise UserError(f"checkpoint has optimizers {sorted(state)}, this run has {sorted(self.optimizers)}")
         for name, optimizer in self.optimizers.items():
             params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            saved = state[name].get("state") if isinstance(state[name], dict) else None
+            if not isinstance(saved, dict) or not set(saved) <= set(range(len(params))):
+                raise UserError(f"--resume: the checkpoint's {name} is not that of this model")
             moments = {
                 index: {
                     key: divided_like(value, params[index]) if is_moment(value, params[index]) else value
-                    for key, value in own.items()
+                    for key, value in checked_moments(name, own, params[index]).items()
                 }
-                for index, own in state[name]["state"].items()
+                for index, own in saved.items()
             }
-            # How a step is computed is this machine's, not the checkpoint's.
-            ways = [
-                {key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups
-            ]
-            groups = [{**saved, **way} for saved, way in zip(state[name]["param_groups"], ways, strict=True)]
-            optimizer.load_state_dict({**state[name], "state": moments, "param_groups": groups})
+            groups = optimizer.state_dict()["param_groups"]
+            for group, rate in zip(groups, saved_rates(state[name].get("param_groups")), strict=False):
+                group["lr"] = rate  # until `set_rates`, which comes before the next step
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def saved_rates(groups: Any) -> list[float]:
+    """The learning rates that a checkpoint's groups had; none where it does not say."""
+    rates: list[Any] = [group.get("lr") for group in groups if isinstance(group, dict)] if type(groups) is list else []
+    return rates if all(type(rate) is float for rate in rates) else []
+
+
+# What torch's optimizers keep of a parameter (bitsandbytes checks its own).
+KEPT = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
+
+
+def checked_moments(optimizer: str, saved: Any, parameter: Tensor) -> dict[str, Any]:
+    """What a checkpoint has for a parameter; UserError unless it is what that optimizer keeps."""
+    kept = KEPT.get(optimizer)
+    sound = isinstance(saved, dict) and (kept is None or saved.keys() == kept)
+    if sound and kept:
+        moments = {key: value for key, value in saved.items() if key != "step"}
+        sound = all(is_moment(value, parameter) and value.is_floating_point() for value in moments.values())
+        step = saved.get("step", torch.zeros(()))
+        sound = sound and isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()
+    if not sound:
+        raise UserError(f"--resume: the checkpoint's {optimizer} does not fit the parameters of this model")
+    return dict(saved)
 
 
 def is_moment(value: Any, parameter: Tensor) -> bool:
@@ -306,11 +334,14 @@ class WeightAverage:
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state["average"]) != set(self.average):
+        saved, updates = state.get("average"), state.get("updates")
+        if not isinstance(saved, dict) or set(saved) != set(self.average) or type(updates) is not int or updates < 0:
             raise UserError("the checkpoint's averaged weights belong to another model")
-        self.updates = int(state["updates"])
-        for key, value in state["average"].items():
+        for key, value in saved.items():
+            if not is_moment(value, self.average[key]):
+                raise UserError(f"the checkpoint's averaged {key} has another shape")
             self.average[key].copy_(divided_like(value, self.average[key]))
+        self.updates = updates
 
 
 def window_size(grad_accum: int, first: int, count: int) -> int:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from arc.optim import JointOptimizer, Muon, WeightAverage, learning_rate_factor
+from arc.run.files import UserError
 from trainloop_complete_with_fixes import TrainState, checkpoint_tree, restore_rng, rng_state
 
 RATES = {"agent": 0.1, "qwen": 0.01}
@@ -201,6 +203,33 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened() -> None:
     assert equal(weights_of(first), weights_of(second))
     with pytest.raises(ValueError, match="checkpoint has optimizers"):
         JointOptimizer(make_modules(), RATES, muon=False).load_state_dict(whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"state": None},
+        {"state": {99: {}}},
+        {"state": {"0": {}}},
+        {"state": {0: {"step": torch.zeros(())}}},
+        {"state": {0: 5}},
+        {"state": {0: {"step": torch.zeros(()), "exp_avg": torch.zeros(1, 9), "exp_avg_sq": torch.zeros(1, 9)}}},
+        {"param_groups": [{"lr": "x", "betas": None}]},  # settings are not the checkpoint's
+    ],
+)
+def test_moments_of_other_parameters_are_refused(damage: dict[str, Any]) -> None:
+    modules = make_modules()
+    optimizer = JointOptimizer(modules, RATES)
+    set_gradients(modules, 1.0)
+    optimizer.step(NO_SCALER, finite=True)
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["adamw"] |= damage
+    if "param_groups" in damage:
+        optimizer.load_state_dict(damaged)
+        optimizer.step(NO_SCALER, finite=True)
+    else:
+        with pytest.raises(UserError, match=r"^--resume: the checkpoint's adamw "):
+            optimizer.load_state_dict(damaged)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_any_values_in_a_checkpoint(
 ) -> None:
     run, state = again(finished, tmp_path_factory), copy.deepcopy(checkpoint.state)
     for place, value in changes:
-        found = list(places(state["extra"]))
+        found = list(places(state["extra" if place % 2 else "optim"]))
         container, key = found[place % len(found)]
         if value is REMOVED:
             del container[key]
