@@ -51,7 +51,7 @@ from arc.qwen_source import (
     seeded,
     weight_files,
 )
-from arc.run.files import UserError
+from arc.run.files import UserError, one_line
 from arc.sharding import shard
 from arc.tasks import Grid
 
@@ -132,7 +132,7 @@ class ContextEncoder:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # a bare Exception is what the library raises
-            raise UserError(f"--qwen: the model's tokenizer cannot read a context ({error})") from error
+            raise UserError(f"--qwen: the model's tokenizer cannot read a context ({one_line(str(error))})") from error
 
     def _tell(self, dropped: int, total: int) -> None:
         if self._log is None or torch.utils.data.get_worker_info() is not None:

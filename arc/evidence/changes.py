@@ -9,7 +9,7 @@ import numpy as np
 
 from arc.evidence.canvas import OUTSIDE, Objects, Step, region_rim
 from arc.evidence.drawing import DRAWINGS
-from arc.evidence.moves import draw_moved, front, shape_masks, slide, wall
+from arc.evidence.moves import drop, front, wall
 from arc.evidence.restore import MASKS, mirrored, repeated
 from arc.evidence.scene import (
     Grid,
@@ -259,14 +259,8 @@ def _falling_objects(dr: int, dc: int) -> Transform:
         shapes = scene.canvas.shapes
         if not 0 < shapes.count <= 12:
             return None
-        masks, blocked = shape_masks(scene), wall(scene)
-        steps = np.zeros(shapes.count, np.int64)
-        order = front(shapes, (dr, dc))  # the foremost object moves first; others are not in its way
-        for index in order:
-            steps[index], mask = slide(scene, masks[index], (dr, dc), blocked)
-            blocked |= mask
         result = np.full_like(scene.grid, scene.background)
-        draw_moved(result, shapes, order, dr * steps, dc * steps)
+        drop(result, scene, front(shapes, (dr, dc)), (dr, dc), wall(scene))  # the foremost first: none is in its way
         return result
 
     return change

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, region_rim, shifted
-from arc.evidence.moves import draw_moved, front, moved, shape_masks, slide, wall
+from arc.evidence.moves import draw_moved, drop, front, moved, shape_masks, slide, wall
 from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, once, spans
 
 Mask = np.ndarray
@@ -262,14 +262,10 @@ def falling(choice: Choice, dr: int, dc: int) -> Transform:
         if chosen is None or not 0 < shapes.count <= 40:
             return None
         moving = chosen.reshape(-1)[shapes.first].tolist()
-        masks = shape_masks(scene)
-        blocked = wall(scene) | sum(mask for mask, moves in zip(masks, moving, strict=True) if not moves)
-        order, steps = [index for index in front(shapes, (dr, dc)) if moving[index]], np.zeros(shapes.count, np.int64)
-        for index in order:
-            steps[index], mask = slide(scene, masks[index], (dr, dc), blocked)
-            blocked |= mask
+        standing = sum(mask for mask, moves in zip(shape_masks(scene), moving, strict=True) if not moves)
+        order = [index for index in front(shapes, (dr, dc)) if moving[index]]
         result = np.where(chosen, np.uint8(scene.background), scene.grid)
-        draw_moved(result, shapes, order, dr * steps, dc * steps)
+        drop(result, scene, order, (dr, dc), wall(scene) | standing)
         return result
 
     return change

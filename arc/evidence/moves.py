@@ -54,6 +54,16 @@ def front(objects: Objects, step: Step) -> list[int]:
     return np.argsort(-reach, kind="stable").tolist()
 
 
+def drop(result: Grid, scene: Scene, order: Sequence[int], step: Step, blocked: int) -> None:
+    """The one-coloured objects of `order` drawn into `result`, each after the other as far on along a step as neither
+    `blocked` bits nor those before it are in its way."""
+    masks, steps = shape_masks(scene), np.zeros(scene.canvas.shapes.count, np.int64)
+    for index in order:
+        steps[index], mask = slide(scene, masks[index], step, blocked)
+        blocked |= mask
+    draw_moved(result, scene.canvas.shapes, order, step[0] * steps, step[1] * steps)
+
+
 def draw_moved(result: Grid, objects: Objects, order: Sequence[int], down: np.ndarray, right: np.ndarray) -> None:
     """Draws the objects of `order` into `result`, later over earlier ones, each moved `down` and `right` (objects,)."""
     turn = np.full(objects.count, -1)

@@ -124,12 +124,12 @@ def as_text(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """What is done inside ends in bounded time."""
+def bounded(what: object = "") -> Iterator[None]:
+    """What is done inside ends in bounded time; what: shown where it does not."""
     started, computed = time.monotonic(), time.process_time()
     yield
     taken = time.process_time() - computed, time.monotonic() - started
-    assert taken[0] < PATIENCE and taken[1] < STARVED, taken
+    assert taken[0] < PATIENCE and taken[1] < STARVED, (what, taken)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Said:
 def call(flags: Sequence[str]) -> Said:
     """main, in this process and in bounded time."""
     out, err = io.StringIO(), io.StringIO()
-    with bounded(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with bounded(flags), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(flags))
     return Said(code, out.getvalue(), err.getvalue())
 

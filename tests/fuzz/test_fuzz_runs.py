@@ -63,7 +63,7 @@ def test_any_values_in_a_checkpoint(
     run, state = again(finished, tmp_path_factory), copy.deepcopy(checkpoint.state)
     for place, value in changes:
         found = list(places(state["extra" if place % 2 else "optim"]))
-        container, key = found[place % len(found)]
+        container, key = found[place // 2 % len(found)]
         if value is REMOVED:
             del container[key]
         else:
