@@ -1000,11 +1000,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if checkpoint.frozen:
         run.qwen.backbone.load_state_dict({name.partition("/")[2]: t for name, t in checkpoint.frozen.items()})
     if not run.args.eval_only:  # nothing is trained; the moments may be of a package that is not here
-        run.optimizer.load_state_dict(tree["optim"]["optimizer"])
-    if tree["optim"]["scaler"]:  # empty where the loss was not scaled: then a scaler here starts afresh
-        run.scaler.load_state_dict(dict(tree["optim"]["scaler"]))
+        run.optimizer.load_state_dict(tree["optim"].get("optimizer"))
+    if isinstance(scale := tree["optim"].get("scaler"), dict) and scale:  # where the loss was scaled; else afresh
+        run.scaler.load_state_dict(dict(scale))
     if run.average is not None:
-        run.average.load_state_dict(tree["optim"]["average"])
+        run.average.load_state_dict(tree["optim"].get("average"))
     run.fixes.threshold.load_state_dict(extra["threshold"])
     run.state.load(extra["state"])
     run.log.rows, run.origin = len(range(extra["rows"])), str(extra.get("origin", ""))  # whoever wrote them

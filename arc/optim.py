@@ -194,6 +194,8 @@ class JointOptimizer:
         """Take over the moments. The groups with their settings, and how a step is computed, are this run's: what a
         checkpoint says of them is not believed. Raises: UserError where its moments are not those of these parameters.
         """
+        if not isinstance(state, Mapping):
+            raise UserError("--resume: the checkpoint has no optimizer's state")
         if set(state) != set(self.optimizers):
             raise UserError(f"checkpoint has optimizers {sorted(state)}, this run has {sorted(self.optimizers)}")
         for name, optimizer in self.optimizers.items():
@@ -334,7 +336,7 @@ class WeightAverage:
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved, updates = state.get("average"), state.get("updates")
+        saved, updates = (state.get(key) if isinstance(state, Mapping) else None for key in ("average", "updates"))
         if not isinstance(saved, dict) or set(saved) != set(self.average) or type(updates) is not int or updates < 0:
             raise UserError("the checkpoint's averaged weights belong to another model")
         for key, value in saved.items():

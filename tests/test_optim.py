@@ -205,6 +205,14 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened() -> None:
         JointOptimizer(make_modules(), RATES, muon=False).load_state_dict(whole.state_dict())
 
 
+@pytest.mark.parametrize("state", [None, "x", 5, [], {}, {"y": 1}])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    modules = make_modules()
+    for part in (JointOptimizer(modules, RATES), WeightAverage(modules, 0.9)):
+        with pytest.raises(UserError):
+            part.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
