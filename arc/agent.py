@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc import fused
+from arc import fused, mixture
 from arc.batches import OUTSIDE, QueryBatch, reverse_queries
 from arc.evidence import CLASS_WEIGHTS
+from arc.mixture import SILENT, Sayings
 from arc.tasks import MAX_SIDE, NUM_COLOURS
 
 MIXTURE_FLOOR = 0.003  # probability mass that every colour keeps in the table mixture
 SIZE_FLOOR = 1e-4  # likewise for every size
 FINDINGS = 8  # things about a cell for which a task may have a colour of its own
 LOOK_SHARE = -7.0  # logit of the heads' share in the mixture, to begin with: too little to outvote a table
-SILENT = -1e4  # logit of a table that says nothing; finite, so that a cell no table speaks about is no NaN
 
 
 @dataclass
@@ -124,12 +124,18 @@ def there_and_back(
 @torch.no_grad()
 def voted_grid(query: QueryBatch) -> Tensor:
     """(B, 30, 30) int64, -1 outside: the evidence's training-free answer, `QueryEvidence.vote` for a whole batch."""
-    codes = query.codes[..., query.tables].long()
-    says, confidence = codes % 10, codes // 10
-    classes = torch.from_numpy(CLASS_WEIGHTS).to(query.vote_weight.device)
-    trust = torch.log(query.vote_weight[:, query.tables] + 1e-12)[:, None] + torch.log(classes + 1e-12)[confidence]
-    mixture = table_mixture(trust.masked_fill(confidence == 0, SILENT), says)
-    return AgentOutput([mixture], torch.empty(0)).predicted_grid(query, size=query.out_size)
+    sayings = Sayings.of(query.codes[..., query.tables])
+    by_class = torch.log(torch.from_numpy(CLASS_WEIGHTS[1:]).to(query.vote_weight.device) + 1e-12)
+    trusted = mixture.trust(torch.log(query.vote_weight[:, query.tables] + 1e-12), by_class, sayings)
+    answer = AgentOutput([mixture.vote(trusted, sayings)], torch.empty(0))
+    return answer.predicted_grid(query, size=query.out_size)
+
+
+def one_hot(index: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., classes): 1 where the class is that of index (...), all 0 for one beyond them. Unlike torch's it looks at
+    no value first, which on a GPU is a wait."""
+    marks = torch.empty(*index.shape, classes, dtype=dtype, device=index.device)
+    return torch.eq(index[..., None], torch.arange(classes, dtype=index.dtype, device=index.device), out=marks)
 
 
 def rotary_frequencies(head_dim: int) -> Tensor:
@@ -333,17 +339,15 @@ class GridAgent(nn.Module):
         """
         prompt = self.prompt_norm(prompt[query.owner].float()).flatten(1)  # (B, K * D)
         condition = self.query_condition(query, prompt, reverse)  # (B, C)
-        tables, codes = query.tables, query.codes[..., query.tables].long()
-        says, confidence = codes % 10, codes // 10  # (B, L, T)
-        trust = torch.log(query.vote_weight[:, tables] + 1e-12) + self.task_trust(condition)[:, tables]
-        trust = trust + self.prompt_trust(prompt)[:, tables]  # (B, T)
-        mixed, few, many = self.class_trust
-        by_class = torch.where(confidence == 3, many, torch.where(confidence == 2, few, mixed))
-        trust = (trust.float()[:, None] + by_class).masked_fill(confidence == 0, SILENT)  # (B, L, T)
-        token = self.embed_cells(query, says, confidence, trust)  # (B, L, W)
+        tables, sayings = query.tables, Sayings.of(query.codes[..., query.tables])
+        by_query = torch.log(query.vote_weight[:, tables] + 1e-12) + self.task_trust(condition)[:, tables]
+        by_query = by_query + self.prompt_trust(prompt)[:, tables]  # (B, T)
+        trusted = mixture.trust(by_query.float(), self.class_trust.detach() if held else self.class_trust, sayings)
+        token = self.embed_cells(query, sayings, trusted)  # (B, L, W)
         sharpness, copying = self.sharpness(condition).float()[:, None].unbind(-1)  # (B, 1)
-        copied = F.one_hot(query.neighbours[..., 4].long(), NUM_COLOURS + 1)[..., :NUM_COLOURS]  # (B, L, 10)
+        copied = one_hot(query.neighbours[..., 4], NUM_COLOURS)  # (B, L, 10)
         paints = self.paints(prompt).float().unflatten(-1, (-1, NUM_COLOURS))  # (B, 10 + FINDINGS, 10)
+        reads = self.reads(tables, held=held)
         places = self.places(query, held=held and not self.is_compiled)
         mask = None
         if query.padded or self.is_compiled:  # one code for both, where it has to be compiled
@@ -353,32 +357,39 @@ class GridAgent(nn.Module):
         for _ in range(self.passes):
             for block in self.blocks:
                 x, looked_at = block(x, condition, places, mask, copied)
-            normed = F.rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5  # length 1
-            trusted = F.linear(normed, self.cell_trust.weight[tables]).float()  # (B, L, T)
-            looks = (self.look_trust(condition)[:, None] + self.look_at_cell(normed)).float()  # (B, L, heads + 1)
-            share = torch.where((confidence > 0).any(-1), looks[..., -1].sigmoid(), 1.0)[..., None]
+            normed = F.rms_norm(x, x.shape[-1:]) if places.turns is None else fused.Unit.apply(x)
+            mixed, read = mixture.readout(normed, trusted, reads, sayings)  # (B, L, 10), (B, L, heads + 1 + F + 10)
+            look, finding, own = read.split((self.heads + 1, FINDINGS, NUM_COLOURS), -1)
+            looks = self.look_trust(condition)[:, None].float() + look
+            share = torch.where(sayings.spoken > 0, looks[..., -1:].sigmoid(), 1.0)  # (B, L, 1)
             fetched = torch.einsum("blh,bhlc->blc", looks[..., :-1].softmax(-1), looked_at.float())
-            mixture = (1 - share) * table_mixture(trust + trusted, says) + share * fetched  # (B, L, 10)
-            found = torch.cat((copied.float(), self.findings(normed).float()), -1)  # (B, L, 10 + FINDINGS)
-            own = self.head(normed).float() + copying[..., None] * copied + found @ paints
-            logits.append(own + (1 + sharpness)[..., None] * torch.log(mixture + MIXTURE_FLOOR))
+            mixed = (1 - share) * mixed + share * fetched
+            found = torch.cat((copied, finding), -1)  # (B, L, 10 + FINDINGS)
+            own = own + self.head.bias + copying[..., None] * copied + found @ paints
+            logits.append(own + (1 + sharpness)[..., None] * torch.log(mixed + MIXTURE_FLOOR))
             x = x + self.read_back(logits[-1].softmax(-1))
         return AgentOutput(logits, self.size_logits(query, condition, normed))
 
+    def reads(self, tables: slice, *, held: bool) -> Tensor:
+        """(T + heads + 1 + FINDINGS + 10, W): what a cell is read with after a pass. A token is read at length 1."""
+        layers = (self.look_at_cell, self.findings, self.head)
+        weight = torch.cat((self.cell_trust.weight[tables], *(layer.weight for layer in layers)))
+        return (weight.detach() if held else weight) * weight.shape[-1] ** -0.5
+
     def query_condition(self, query: QueryBatch, prompt: Tensor, reverse: bool) -> Tensor:
         """(B, C): everything that holds for the query as a whole."""
-        view = torch.cat((F.one_hot(query.dihedral, 8), F.one_hot(query.colours, NUM_COLOURS).flatten(1)), 1).float()
+        view = torch.cat((one_hot(query.dihedral, 8), one_hot(query.colours, NUM_COLOURS).flatten(1)), 1)
         direction = self.direction(torch.full_like(query.dihedral, int(reverse)))
         record = self.record_embedding(query.table_stats.flatten(1))
         mixed = record + self.prompt_embedding(prompt) + self.view_embedding(view) + direction
         return F.rms_norm(self.condition(F.silu(mixed)), (mixed.shape[-1],))
 
-    def embed_cells(self, query: QueryBatch, says: Tensor, confidence: Tensor, trust: Tensor) -> Tensor:
+    def embed_cells(self, query: QueryBatch, sayings: Sayings, trusted: Tensor) -> Tensor:
         """(B, L, W): what stands at and around each cell, what the tables say, where the cell is."""
-        vote = table_mixture(trust.detach(), says)  # (B, L, 10), the weighted vote before any look at the grid
-        agrees = (says == vote.argmax(-1, keepdim=True)) & (confidence > 0)
-        classes = torch.stack((agrees, confidence == 1, confidence == 2, confidence == 3), -1).flatten(2)  # (B, L, 4T)
-        around = F.one_hot(query.neighbours.long(), OUTSIDE + 1).flatten(2)  # (B, L, 99)
+        dtype = fused.product_dtype(trusted)
+        vote = mixture.vote(trusted, sayings)  # (B, L, 10), the weighted vote before any look at the grid
+        classes = sayings.classes(vote.argmax(-1), dtype)  # (B, L, 4 T)
+        around = one_hot(query.neighbours, OUTSIDE + 1, dtype).flatten(2)  # (B, L, 99)
         row, column = query.row.float(), query.column.float()
         height, width = query.out_size[:, :1].float(), query.out_size[:, 1:].float()
         flags = torch.stack(
@@ -392,12 +403,10 @@ class GridAgent(nn.Module):
             ),
             -1,
         )
-        by_table = self.table_embedding.weight.unflatten(1, (-1, 4))  # (W, T, 4)
-        table_embedding = by_table[:, query.tables].flatten(1)
-        dtype = torch.get_autocast_dtype(row.device.type) if torch.is_autocast_enabled(row.device.type) else row.dtype
+        by_table = self.table_embedding.weight.unflatten(1, (-1, 4))[:, query.tables]  # (W, T, 4)
         return (
-            self.neighbour_embedding(around.to(dtype))
-            + F.linear(classes.to(dtype), table_embedding)
+            self.neighbour_embedding(around)
+            + F.linear(classes, by_table.transpose(1, 2).flatten(1))
             + self.vote_embedding(torch.cat((torch.log(vote + MIXTURE_FLOOR), flags), -1))
         )
 
@@ -429,14 +438,7 @@ class GridAgent(nn.Module):
         votes = votes.scatter_add(1, places, weights).unflatten(1, (MAX_SIDE, MAX_SIDE))
         real = query.valid[..., None].to(normed.dtype)
         pooled = (normed * real).sum(1) / real.sum(1)
-        sides = F.one_hot(query.in_size - 1, MAX_SIDE).flatten(1).to(pooled.dtype)  # (B, 60)
-        features = self.size_features(torch.cat((pooled * pooled.shape[-1] ** 0.5, sides), -1))
+        sides = one_hot(query.in_size - 1, MAX_SIDE, pooled.dtype).flatten(1)  # (B, 60)
+        features = self.size_features(torch.cat((pooled, sides), -1))
         side = self.size_head(F.silu(features + self.size_condition(condition))).float().unflatten(-1, (2, MAX_SIDE))
         return torch.log(votes + SIZE_FLOOR) + side[:, 0, :, None] + side[:, 1, None, :]
-
-
-def table_mixture(trust: Tensor, says: Tensor) -> Tensor:
-    """(B, L, 10) float32: probability of each colour when table t, which says says[..., t], is trusted by
-    softmax(trust)[..., t]. Zero everywhere where no table speaks."""
-    weights = trust.softmax(-1) * (trust > SILENT / 2)
-    return torch.zeros(*trust.shape[:-1], NUM_COLOURS, device=trust.device).scatter_add(-1, says, weights)

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """In which dtype the matrix products of x are: the autocast's where there is one."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,6 +55,21 @@ def normed_back(gradient: Tensor, unit: Tensor, rate: Tensor) -> Tensor:
     """Gradient of x for that of `unit`, both as `normed` returned them."""
     along = torch.linalg.vecdot(gradient, unit)[..., None].div_(unit.shape[-1])
     return torch.addcmul(gradient, unit, along, value=-1).mul_(rate)
+
+
+class Unit(torch.autograd.Function):
+    """`F.rms_norm` over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        unit, rate = normed(x)
+        ctx.save_for_backward(unit, rate)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return normed_back(gradient, *ctx.saved_tensors)
 
 
 def modulated_back(gradient: Tensor, unit: Tensor, rate: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,6 +43,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_policy": ("--no_policy",),
     "no_memory": ("--no_memory",),
     "no_evidence": ("--no_evidence",),
+    "generated": ("--extra_data", "generated", "--episodes", "1776"),
     "old": ("--old",),
 }
 MEANING = {
@@ -51,6 +52,7 @@ MEANING = {
     "no_policy": "the policy (off: one pass, no refinement)",
     "no_memory": "the memory bank",
     "no_evidence": "the evidence (off: no tables, no size rules, canvases of the input's size)",
+    "generated": "training on ARC alone (off: a third of the batches are of generated tasks)",
     "old": "all seven fixes and the learning rates (off: the seed's settings, 1e-5 and 5e-5)",
 }
 Measure = Callable[[Result], float]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from arc.agent import AgentOutput, GridAgent, rotary_angles, rotary_frequencies, rotate, table_mixture, voted_grid
+from arc.agent import AgentOutput, GridAgent, rotary_angles, rotary_frequencies, rotate, voted_grid
 from arc.augment import Augmentation, apply_dihedral, sample_augmentation
 from arc.batches import Query, QueryBatch, collate_queries, make_query, unpad_grid
 from arc.datasets import load_dataset
@@ -297,11 +296,3 @@ def test_the_heads_are_the_only_voices_where_no_table_speaks(queries: list[Query
     with torch.no_grad():
         logits = make_agent(heads=8, width=64)(silent, prompts(1)).colour_logits[-1]
     assert logits.argmax(-1).eq(3).all() and float(logits.softmax(-1)[..., 3].min()) > 0.9
-
-
-def test_the_mixture_weighs_what_the_tables_say() -> None:
-    trust = torch.tensor([[[0.0, 0.0, math.log(2), -1e4]]])  # the last table is silent
-    mixture = table_mixture(trust, torch.tensor([[[7, 7, 3, 0]]]))
-    assert mixture[0, 0].tolist() == pytest.approx([0, 0, 0, 0.5, 0, 0, 0, 0.5, 0, 0])
-    silent = table_mixture(torch.full((1, 1, 4), -1e4), torch.zeros(1, 1, 4, dtype=torch.long))
-    assert silent.eq(0).all()
