@@ -24,14 +24,22 @@ def apply_dihedral(array: np.ndarray, d: int) -> np.ndarray:
     _check_dihedral(d)
     if d >= 4:
         array = array[..., ::-1]
-    return np.rot90(array, d % 4, axes=(-2, -1))
+    return _turned(array, d % 4)
 
 
 def invert_dihedral(array: np.ndarray, d: int) -> np.ndarray:
     """Undo `apply_dihedral(..., d)` on the last two axes. A view."""
     _check_dihedral(d)
-    array = np.rot90(array, -(d % 4), axes=(-2, -1))
+    array = _turned(array, -d % 4)
     return array[..., ::-1] if d >= 4 else array
+
+
+def _turned(array: np.ndarray, quarters: int) -> np.ndarray:
+    """`np.rot90` of the last two axes by 0..3 quarters, without its checks: they take five times as long, and every
+    batch is turned hundreds of times."""
+    if quarters >= 2:
+        array = array[..., ::-1, ::-1]
+    return array[..., ::-1].swapaxes(-2, -1) if quarters % 2 else array
 
 
 def dihedral_shape(height: int, width: int, d: int) -> tuple[int, int]:

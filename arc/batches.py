@@ -194,7 +194,7 @@ def collate_queries(queries: Sequence[Query]) -> QueryBatch:
         row[index, :cells], column[index, :cells], valid[index, :cells] = r, c, True
         inside = (r < out_rows) & (c < out_columns)
         in_output[index, :cells] = inside
-        if query.evidence is not None:
+        if query.evidence is not None and not query.evidence.silent:
             codes[index, :cells][inside] = query.evidence.codes.reshape(NUM_TABLES, -1).T
             table_stats[index] = query.evidence.table_stats
             vote_weight[index] = query.evidence.weights()

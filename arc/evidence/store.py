@@ -7,13 +7,11 @@ of all queries one after the other in one zlib stream. Nothing in it says how mu
 from __future__ import annotations
 
 import hashlib
-import math
 import stat
 import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -272,6 +270,7 @@ def silence(grid: Grid, demonstrations: Sequence[Pair] = ()) -> QueryEvidence:
         codes=np.zeros((NUM_TABLES, height, width), np.uint8),
         table_stats=np.zeros((NUM_TABLES, 3), np.float32),
         room=room_for(grid, demonstrations),
+        silent=True,
     )
 
 
@@ -284,8 +283,9 @@ def room_for(grid: Grid, demonstrations: Sequence[Pair]) -> tuple[int, int]:
     for axis in (0, 1):
         sides = [grid.shape[axis], *(after[axis] for _, after in sizes)]
         for source in (0, 1):
-            ratios = {Fraction(after[axis], before[source]) for before, after in sizes}
-            sides += [math.ceil(ratio * grid.shape[source]) for ratio in ratios if len(ratios) == 1]
+            ratios = [(after[axis], before[source]) for before, after in sizes]
+            if ratios and all(a * ratios[0][1] == b * ratios[0][0] for a, b in ratios):
+                sides.append(-(-ratios[0][0] * grid.shape[source] // ratios[0][1]))
         room.append(min(MAX_SIDE, max(sides)))
     return room[0], room[1]
 

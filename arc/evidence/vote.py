@@ -45,6 +45,7 @@ class QueryEvidence:
     codes: np.ndarray  # (T, h, w) uint8: colour + 10 * class for each table and output cell
     table_stats: np.ndarray  # (T, 3) float32: held-out accuracy where seen, coverage, share of pairs exactly right
     room: tuple[int, int] = (1, 1)  # rows and columns that the canvas has at least, where `size` decides nothing
+    silent: bool = False  # nothing is said: no table, no size rule, no record
 
     def weights(self) -> np.ndarray:
         """(T,) float32: vote weight of each table for this query, times `CLASS_WEIGHTS` of a cell's class."""
@@ -85,7 +86,7 @@ def augment_evidence(evidence: QueryEvidence, augmentation: Augmentation) -> Que
     for confidence in (MIXED, PURE, SURE):
         table[10 * confidence : 10 * confidence + 10] = 10 * confidence + np.asarray(augmentation.colours, np.uint8)
     transposed = dihedral_shape(1, 2, augmentation.dihedral) == (2, 1)
-    codes = apply_dihedral(table[evidence.codes], augmentation.dihedral)
+    codes = apply_dihedral(evidence.codes if evidence.silent else table[evidence.codes], augmentation.dihedral)
     return dataclasses.replace(
         evidence,
         codes=np.ascontiguousarray(codes),
