@@ -65,7 +65,7 @@ class Trust(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, by_query: Tensor, by_class: Tensor, confidence: Tensor) -> Tensor:
         ctx.confidence = confidence
-        values = torch.cat((by_class.new_tensor([SILENT]), by_class))
+        values = torch.cat((by_class.new_full((1,), SILENT), by_class))
         return values.index_select(0, confidence.flatten().int()).view(confidence.shape).add_(by_query[:, None])
 
     @staticmethod
