@@ -84,6 +84,7 @@ from arc.splits import (
     Split,
     all_tasks,
     check_places,
+    check_record,
     choose_tasks,
     split_list,
     splits_by_content,
@@ -836,9 +837,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             rows = update(run, steps, count)  # a batch counts when its optimizer step is done
             run.records.add(rows, (time.monotonic() - began) / len(steps))
             bar.update(len(steps))
-            bar.set_postfix_str(
-                f"{rows[-1]['samples_per_s']:.0f} samples/s, loss {rows[-1]['loss']:.3f}", refresh=False
-            )
+            speed, loss = rows[-1]["samples_per_s"], rows[-1]["loss"]
+            bar.set_postfix_str(f"{speed:.0f} samples/s, loss {loss:.3f}", refresh=False)
             steps.clear()
             if (seconds := run.pace.measure(state.step)) is not None:
                 left = args.epochs - state.epoch - state.batch / count
@@ -1027,8 +1027,7 @@ def describe(run: Run) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 1 (a checkpoint or the submission could not be written, a worker was
     lost), 2 (the user can mend it), 3 (a red flag under --strict), 128 + n (signal n). Also called from notebook cells:
-    main(["--epochs", "1"]), which therefore ends without an exception for --help, for wrong flags and for Stop, and
-    leaves nothing locked."""
+    main(["--epochs", "1"]), which so ends without an exception for --help, wrong flags and Stop, and leaves no lock."""
     try:
         return run_main(argv)
     except SystemExit as leave:  # argparse's way to end; what there is to say is printed
@@ -1090,6 +1089,7 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Tea
             held.callback(persistence.close)
             checkpoint = load_checkpoint(persistence, which)
             with usable(checkpoint.path.name):
+                check_record(checkpoint.state)
                 take_flags(args, given, checkpoint)
             return persistence, checkpoint
 

@@ -55,6 +55,13 @@ class Base:
     prefix: str
     tensors: list[str]
 
+    def __post_init__(self) -> None:
+        words = (self.name, self.revision, self.folder, self.prefix, *self.tensors, *self.files)
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError("an adapter's base: not names")
+        if not all(isinstance(file.get("sha256"), str) for file in self.files.values()):
+            raise TypeError("an adapter's base: files without digests")
+
     @classmethod
     def of(cls, folder: Path, shards: Sequence[str], tensors: Iterable[str], *, name: str, revision: str) -> Self:
         """Read all of `shards`; UserError if they do not hold all of `tensors` under one common prefix."""

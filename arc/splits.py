@@ -282,6 +282,20 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
     return Chosen(data, training, tuple(split.first(args.val_limit) for split in splits), record, extra)
 
 
+def check_record(state: Mapping[str, Any]) -> None:
+    """KeyError, TypeError or AttributeError if a checkpoint's `state` does not hold what a run is built from: on which
+    data it was trained (`Chosen.trained_on`), and its models by name."""
+    record = state["extra"]["data"]
+    inputs = record["inputs"]
+    if not all(isinstance(record[name], str) for name in ("data", "training", "extra")):
+        raise TypeError("data: not the fingerprints of data")
+    if not isinstance(inputs, Tensor) or inputs.dtype != torch.int64 or inputs.shape[1:] != (2,):
+        raise TypeError("data/inputs: not the digests of inputs")
+    for name, part in state["model"].items():
+        if not isinstance(part, Mapping):
+            raise TypeError(f"model/{name}: not tensors by name")
+
+
 def load_extra(args: Choice) -> tuple[Task, ...]:
     """The tasks of a file or folder of --extra_data, of each list of pairs all but the last; none for generated ones,
     which are drawn when they are needed. No demonstration starts from a test input of its task: the same file may be

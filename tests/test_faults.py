@@ -248,7 +248,9 @@ def foreign(*place: str, values: Sequence[Any]) -> list[Foreign]:
     return [(place, value) for value in values]
 
 
+GONE = object()
 FOREIGN: list[Foreign] = [
+    *(((name,), GONE) for name in ("flags", "state", "threshold", "rng", "data", "rows")),
     *foreign("flags", values=(None, [], "flags", 3)),
     *foreign("flags", "views", values=(0, -1, "many", None, 10**30, [1])),
     *((("flags", name), value) for name, value in (("ema", 2.0), ("agent_lr", "x"), ("threads", 10**9))),
@@ -259,6 +261,12 @@ FOREIGN: list[Foreign] = [
     *foreign("threshold", values=(None, {}, {"ema_accuracy": "x"})),
     *foreign("rng", values=(None, {}, {"torch": 3})),
     *foreign("data", values=(None, {}, {"data": 1})),
+    *(
+        (("data", name), value)
+        for name in ("data", "training", "extra", "inputs")
+        for value in (GONE, None, 3, "x", [])
+    ),
+    *foreign("data", "inputs", values=(torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64), torch.tensor(1))),
     *foreign("rows", values=(None, 0.5, "x")),
     *foreign("lora", values=(None, {"qwen": 3}, {"qwen": {"base": {"no": 1}}})),
 ]
@@ -277,16 +285,18 @@ def test_values_of_a_foreign_checkpoint_are_checked(
     inner = checkpoint.state["extra"]
     for name in place[:-1]:
         inner = inner[name]
-    inner[place[-1]] = value
+    if value is GONE:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
     with ModelPersistence(tmp_path / "run", log=lambda _: None) as persistence:
         persistence.save(checkpoint.state, step=checkpoint.step, wait=True)
-    before = everything_below(tmp_path / "run")
-    code = main(
-        ["--resume", "--output_dir", str(tmp_path / "run"), "--epochs", "9", "--cache_dir", str(tmp_path / "c")]
-    )
-    out, err = capsys.readouterr()
-    assert code == 2 and err.startswith("error: --resume: ") and err.count("\n") == 1, (code, out, err)
-    assert everything_below(tmp_path / "run") == before
+    before, flags = everything_below(tmp_path / "run"), ["--resume", "--output_dir", str(tmp_path / "run")]
+    for more in (["--epochs", "9"], ["--eval_only", "--submission", str(tmp_path / "submission.json")]):
+        code = main([*flags, *more, "--cache_dir", str(tmp_path / "c")])
+        out, err = capsys.readouterr()
+        assert code == 2 and err.startswith("error: --resume: ") and err.count("\n") == 1, (code, out, err)
+        assert everything_below(tmp_path / "run") == before
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ def checkpoint(finished: Path) -> Checkpoint:
         return persistence.load()
 
 
-def resume(run: Path, flags: tuple[str, ...]) -> None:
+def resume(run: Path, flags: tuple[str, ...], *more: str) -> None:
     """It goes on, or refuses in one line and leaves everything as it is. 1 and 3: weights or figures that are none."""
-    refused_or_done([*flags, *LEAST, "--val_limit", "1", "--output_dir", str(run), "--resume"], run, (0, 1, 3))
+    refused_or_done([*flags, *LEAST, *more, "--val_limit", "1", "--output_dir", str(run), "--resume"], run, (0, 1, 3))
 
 
 def again(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,13 +52,14 @@ CHANGES = st.tuples(st.integers(0, 2**16), st.one_of(*[VALUES] * 4, st.just(REMO
 
 
 @FEWER
-@given(st.lists(CHANGES, min_size=1, max_size=2))
+@given(st.lists(CHANGES, min_size=1, max_size=2), st.booleans())
 def test_any_values_in_a_checkpoint(
     finished: Path,
     checkpoint: Checkpoint,
     small_flags: tuple[str, ...],
     tmp_path_factory: pytest.TempPathFactory,
     changes: list[tuple[int, Any]],
+    solved: bool,
 ) -> None:
     run, state = again(finished, tmp_path_factory), copy.deepcopy(checkpoint.state)
     for place, value in changes:
@@ -73,7 +74,8 @@ def test_any_values_in_a_checkpoint(
             persistence.save(state, step=checkpoint.step, wait=True)
     except PersistenceError:  # no checkpoint can hold that
         return
-    resume(run, small_flags)
+    submission = tmp_path_factory.getbasetemp() / "submission.json"  # all tasks, told apart by what was trained on
+    resume(run, small_flags, *(("--eval_only", "--submission", str(submission)) if solved else ()))
 
 
 @FEWER
