@@ -261,7 +261,7 @@ FOREIGN: list[Foreign] = [
     *foreign("threshold", values=(None, {}, {"ema_accuracy": "x"})),
     *foreign("rng", values=(None, {}, {"torch": 3})),
     *foreign("data", values=(None, {}, {"data": 1})),
-    *((("data", name), value) for name in ("data", "training", "extra", "inputs") for value in (GONE, None, 3, [])),
+    *(each for name in ("data", "training", "extra", "inputs") for each in foreign("data", name, values=(GONE, 3, []))),
     *foreign("data", "inputs", values=(torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64), torch.tensor(1))),
     *foreign("rows", values=(None, 0.5, "x")),
     *foreign("lora", values=(None, {"qwen": 3}, {"qwen": {"base": {"no": 1}}})),

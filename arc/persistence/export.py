@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import uuid
@@ -39,10 +40,10 @@ def export_best(
         raise ValueError(f"{target} exists: give a new folder")
     with ModelPersistence(run, read_only=True, log=log) as persistence:
         checkpoint = persistence.load("best")
-    texts, recipes = _export_texts(checkpoint), _lora_recipes(checkpoint)
     tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
     try:
-        with removed_on_error(tmp):
+        with _usable(checkpoint.path.name), removed_on_error(tmp):
+            texts, recipes = _export_texts(checkpoint), _lora_recipes(checkpoint)
             trained = checkpoint.state.get("model", {})
             for entry in [*trained, *sorted({name.partition("/")[0] for name in checkpoint.frozen} - trained.keys())]:
                 folder = tmp / _safe_name(entry)
@@ -58,6 +59,19 @@ def export_best(
         raise PersistenceError(f"{target} can't be written: {error.strerror or error}") from error
     log(f"step {checkpoint.step} of {checkpoint.path} -> {target}")
     return target
+
+
+@contextlib.contextmanager
+def _usable(name: str) -> Iterator[None]:
+    """While a checkpoint's state is read: its bytes are as they were written, but whoever wrote them may have written
+    anything, so what does not fit is the checkpoint's fault (PersistenceError)."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        if isinstance(problem, PersistenceError):
+            raise
+        what = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        raise PersistenceError(f"{name} does not hold what a run of this version writes ({what})") from problem
 
 
 def _export_texts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:

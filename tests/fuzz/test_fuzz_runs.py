@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import ATTACK, VALUES, damaged_bytes, everything, places, refused_or_done
+from mutations import ATTACK, VALUES, bounded, damaged_bytes, everything, places, refused_or_done
 
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError
+from model_persistence import main as tools
 
 FEWER = settings(ATTACK, max_examples=max(12, ATTACK.max_examples // 4))  # each is a run
 LEAST = ("--epochs", "1", "--max_batches", "2", "--val_limit", "1", "--val_views", "1", "--no_tensorboard")
@@ -48,23 +51,16 @@ def again(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REMOVED = object()
-CHANGES = st.tuples(st.integers(0, 2**16), st.one_of(*[VALUES] * 4, st.just(REMOVED)))
+CHANGES = st.lists(st.tuples(st.integers(0, 2**16), st.one_of(*[VALUES] * 4, st.just(REMOVED))), min_size=1, max_size=2)
+Changes = list[tuple[int, Any]]
 
 
-@FEWER
-@given(st.lists(CHANGES, min_size=1, max_size=2), st.booleans())
-def test_any_values_in_a_checkpoint(
-    finished: Path,
-    checkpoint: Checkpoint,
-    small_flags: tuple[str, ...],
-    tmp_path_factory: pytest.TempPathFactory,
-    changes: list[tuple[int, Any]],
-    solved: bool,
-) -> None:
-    run, state = again(finished, tmp_path_factory), copy.deepcopy(checkpoint.state)
+def save_changed(checkpoint: Checkpoint, changes: Changes, run: Path) -> bool:
+    """Save the checkpoint into `run` with other values; False if no checkpoint can hold them."""
+    state = copy.deepcopy(checkpoint.state)
     for place, value in changes:
-        found = list(places(state["extra" if place % 2 else "optim"]))
-        container, key = found[place // 2 % len(found)]
+        found = list(places(state[("extra", "optim", "model")[place % 3]]))
+        container, key = found[place // 3 % len(found)]
         if value is REMOVED:
             del container[key]
         else:
@@ -72,10 +68,47 @@ def test_any_values_in_a_checkpoint(
     try:
         with ModelPersistence(run, log=lambda _: None) as persistence:
             persistence.save(state, step=checkpoint.step, wait=True)
-    except PersistenceError:  # no checkpoint can hold that
+    except PersistenceError:
+        return False
+    return True
+
+
+@FEWER
+@given(CHANGES, st.booleans())
+def test_any_values_in_a_checkpoint(
+    finished: Path,
+    checkpoint: Checkpoint,
+    small_flags: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: Changes,
+    solved: bool,
+) -> None:
+    run = again(finished, tmp_path_factory)
+    if not save_changed(checkpoint, changes, run):
         return
     submission = tmp_path_factory.getbasetemp() / "submission.json"  # all tasks, told apart by what was trained on
     resume(run, small_flags, *(("--eval_only", "--submission", str(submission)) if solved else ()))
+
+
+@FEWER
+@given(CHANGES)
+def test_the_tools_on_any_values(
+    finished: Path, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, changes: Changes
+) -> None:
+    run, dest = again(finished, tmp_path_factory), tmp_path_factory.getbasetemp() / "exported"
+    for best in run.glob("best-*"):
+        shutil.rmtree(best)  # so that the changed one is exported
+    if not save_changed(checkpoint, changes, run):
+        return
+    before = everything(run)
+    for words in (["inspect", str(run)], ["verify", str(run)], ["export", str(run), str(dest)]):
+        out, err = io.StringIO(), io.StringIO()
+        with bounded(words), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = tools(words)
+        assert code in (0, 1, 2) and len(err.getvalue().splitlines()) == (code != 0), (words, err.getvalue())
+        assert dest.exists() == (code == 0 and words[0] == "export")
+    shutil.rmtree(dest, ignore_errors=True)
+    assert everything(run) == before and not list(dest.parent.glob(".tmp-*"))
 
 
 @FEWER
