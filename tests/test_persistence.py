@@ -968,6 +968,36 @@ def test_export_writes_no_file_outside_or_twice(
     assert sorted(os.listdir(tmp_path)) == ["runs"]
 
 
+BASE = {"name": "b", "revision": "", "folder": "none", "files": {}, "prefix": "", "tensors": []}
+
+
+@pytest.mark.parametrize(
+    ("group", "value"),
+    [
+        *(("export", value) for value in (3, [1], {"m": 3}, {"m": {"a": 3}}, {"m": {"a": "\udcff"}})),
+        *(("lora", value) for value in (3, ["m"], {"m": 3}, {"m": {"base": 3, "scale": 1}})),
+        ("lora", {"m": {"base": {**BASE, "files": 3}, "scale": 1}}),
+        ("lora", {"m": {"base": {**BASE, "tensors": [3]}, "scale": 1}}),
+        ("model", [1, 2]),
+        ("model", {"m": {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, 3: torch.ones(1)}),
+    ],
+    ids=lambda each: str(each)[:30],
+)
+def test_export_of_what_someone_else_wrote_ends_in_one_line(
+    group: str, value: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state: dict[str, Any] = {"model": {"m": {"w": torch.ones(1)}}, "extra": {}}
+    if group == "model":
+        state["model"] = value
+    else:
+        state["extra"][group] = value
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(state, step=1, wait=True)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == ["runs"]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Colab
 # --------------------------------------------------------------------------------------------------------------------
