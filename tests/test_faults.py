@@ -288,7 +288,8 @@ def test_values_of_a_foreign_checkpoint_are_checked(
     with ModelPersistence(tmp_path / "run", log=lambda _: None) as persistence:
         persistence.save(checkpoint.state, step=checkpoint.step, wait=True)
     before, flags = everything_below(tmp_path / "run"), ["--resume", "--output_dir", str(tmp_path / "run")]
-    for more in (["--epochs", "9"], ["--eval_only", "--submission", str(tmp_path / "submission.json")]):
+    solving = ["--eval_only", "--submission", str(tmp_path / "submission.json")]  # tasks told apart by the record
+    for more in (["--epochs", "9"], *([solving] if place[0] == "data" else [])):
         code = main([*flags, *more, "--cache_dir", str(tmp_path / "c")])
         out, err = capsys.readouterr()
         assert code == 2 and err.startswith("error: --resume: ") and err.count("\n") == 1, (code, out, err)
