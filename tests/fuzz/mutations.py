@@ -141,11 +141,11 @@ class Said:
     err: str
 
 
-def call(flags: Sequence[str]) -> Said:
-    """main, in this process and in bounded time."""
+def call(flags: Sequence[str], command: Callable[[Sequence[str]], int] = main) -> Said:
+    """The command, in this process and in bounded time."""
     out, err = io.StringIO(), io.StringIO()
     with bounded(flags), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(list(flags))
+        code = command(list(flags))
     return Said(code, out.getvalue(), err.getvalue())
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import ATTACK, VALUES, bounded, damaged_bytes, everything, places, refused_or_done
+from mutations import ATTACK, VALUES, call, damaged_bytes, everything, places, refused_or_done
 
 from model_persistence import Checkpoint, ModelPersistence, PersistenceError
 from model_persistence import main as tools
@@ -102,11 +100,9 @@ def test_the_tools_on_any_values(
         return
     before = everything(run)
     for words in (["inspect", str(run)], ["verify", str(run)], ["export", str(run), str(dest)]):
-        out, err = io.StringIO(), io.StringIO()
-        with bounded(words), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = tools(words)
-        assert code in (0, 1, 2) and len(err.getvalue().splitlines()) == (code != 0), (words, err.getvalue())
-        assert dest.exists() == (code == 0 and words[0] == "export")
+        said = call(words, tools)
+        assert said.code in (0, 1, 2) and len(said.err.splitlines()) == (said.code != 0), (words, said)
+        assert dest.exists() == (said.code == 0 and words[0] == "export")
     shutil.rmtree(dest, ignore_errors=True)
     assert everything(run) == before and not list(dest.parent.glob(".tmp-*"))
 
