@@ -38,7 +38,7 @@ from arc import recipes, sharding
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
 from arc.batches import PredictionBatch, QueryBatch, context_pairs
 from arc.conflicts import conflicts, problems_of_all
-from arc.device import Precision, resolve_device, resolve_precision, small_pass, too_little_memory
+from arc.device import Precision, resolve_device, resolve_precision, spare_tokens, too_little_memory
 from arc.efe import EfeWeights, Pass, Weights
 from arc.episodes import EpisodeData, TrainBatch, epoch_order
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
@@ -719,7 +719,7 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
 
 def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, Tensor]:
     """Qwen reads each context once: prompt (G, K, D) with what the memory adds, and the context's embedding (G, E)."""
-    prompt, embedding = run.qwen(batch.context_ids, batch.context_lengths)
+    prompt, embedding = run.qwen(batch.context_ids, batch.context_lengths, batch.reading)
     prompt = prompt.float()
     if run.latent is not None:
         prompt = prompt + run.latent(batch.task, batch.keep if isinstance(batch, TrainBatch) else None)
@@ -861,8 +861,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
 
 def training_data(run: Run) -> EpisodeData:
     """What the loader builds training batches with."""
-    data, together = (run.args, run.training, run.extra, run.store), small_pass(run.device)
-    return EpisodeData.of(*data, run.qwen.encoder, run.team.place, together=together)
+    data = (run.args, run.training, run.extra, run.store, run.qwen.encoder, run.team.place)
+    return EpisodeData.of(*data, spare=spare_tokens(run.device))
 
 
 def validate(run: Run) -> dict[str, SplitReport]:

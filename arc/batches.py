@@ -11,6 +11,7 @@ demonstration pair).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from arc.augment import Augmentation
+from arc.device import PASS_TOKENS
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, QueryEvidence, augment_evidence, feedback_indices
 from arc.run.host import to_host
 from arc.tasks import MAX_SIDE, Grid, Task
@@ -257,19 +259,34 @@ def reverse_queries(grids: Sequence[Tensor], query: QueryBatch) -> tuple[list[in
     return rows, collate_queries(queries).to(grids[0].device) if queries else None
 
 
-def collate_in_buckets(queries: Sequence[Query], max_cells: float = math.inf, together: int = 0) -> list[QueryBatch]:
-    """The queries in several batches of similar size, so that no batch is more than about a quarter padding, and of at
-    most `max_cells` tokens (but at least one query). Up to `together` tokens are one batch whatever their sizes: on a
-    GPU a pass of few costs as much as one of thousands. Empty list for no queries. Their order is lost, `owner` says
-    whose they are."""
-    buckets: list[list[Query]] = []
-    for query in sorted(queries, key=lambda query: query.cells):
-        padded = (len(buckets[-1]) + 1) * query.cells if buckets else 0
-        unlike = buckets and query.cells > 1.6 * buckets[-1][0].cells + 16
-        if not buckets or padded > max_cells or (unlike and padded > together):
-            buckets.append([])
-        buckets[-1].append(query)
-    return [collate_queries(bucket) for bucket in buckets]
+def in_groups(sizes: Sequence[int], spare: int, most: float = math.inf) -> list[list[int]]:
+    """Numbers of the things of these sizes, smallest first, in groups, each of which will be padded to its largest.
+
+    As few tokens as can be in all, a group counting for `spare` besides its own. Of those groups one of more than
+    `most` tokens is cut into several (of one thing at least).
+    """
+    order = sorted(range(len(sizes)), key=lambda number: sizes[number])
+    ends = [n for n in range(1, len(order) + 1) if n == len(order) or sizes[order[n - 1]] != sizes[order[n]]]
+    cost, last = {0: 0}, {}  # of the first so many: tokens at least, and where their last group begins
+    for end in ends:
+        options = [(cost[start] + (end - start) * sizes[order[end - 1]] + spare, start) for start in cost]
+        cost[end], last[end] = min(options)
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        group, end = order[last[end] : end], last[end]
+        room = max(1, int(min(len(group), most // max(1, sizes[group[-1]]))))
+        groups[:0] = [group[at : at + room] for at in range(0, len(group), room)]
+    return groups
+
+
+def collate_in_buckets(
+    queries: Sequence[Query], max_cells: float = math.inf, spare: int = PASS_TOKENS
+) -> list[QueryBatch]:
+    """The queries in several batches of similar size (`in_groups`), each of at most `max_cells` tokens (but at least
+    one query). Empty list for no queries. Their order is lost, `owner` says whose they are."""
+    groups = in_groups([query.cells for query in queries], spare, max_cells)
+    return [collate_queries([queries[number] for number in group]) for group in groups]
 
 
 @dataclass
@@ -301,6 +318,7 @@ class PredictionBatch(TensorBundle):
 
     context_ids: Tensor  # (G, S) int64
     context_lengths: Tensor  # (G,) int64
+    reading: list[Texts]  # which contexts are read together
     task: Tensor  # (G,) int64 position in the list of tasks that is being predicted
     query: list[QueryBatch]  # owner says which of the G tasks, `number` which of its test pairs
     feedback: list[QueryBatch]
@@ -332,8 +350,10 @@ class PredictionData(torch.utils.data.Dataset):
         views: Sequence[Augmentation],
         feedback_pairs: int,
         folds: bool = False,
+        spare: int = PASS_TOKENS,
     ) -> None:
-        self.tasks, self.store, self.encode = tasks, store, encode
+        self.tasks, self.store, self.encode, self.spare = tasks, store, encode, spare
+        self.collate = functools.partial(collate_in_buckets, spare=spare)
         self.views, self.feedback_pairs, self.folds = views, feedback_pairs, folds
 
     def __getitem__(self, key: tuple[int, ...] | Round) -> PredictionBatch:
@@ -361,14 +381,16 @@ class PredictionData(torch.utils.data.Dataset):
             if pairs
             for k in feedback_indices(len(pairs), None, self.feedback_pairs)
         ]
-        ids, lengths = pad_ids([self.encode(context_pairs(self.tasks[position])) for position in wanted.positions])
+        texts = [self.encode(context_pairs(self.tasks[position])) for position in wanted.positions]
+        ids, lengths, reading = pad_ids(texts, self.spare)
         return PredictionBatch(
             context_ids=ids,
             context_lengths=lengths,
+            reading=reading,
             task=torch.tensor(wanted.positions),
-            query=collate_in_buckets(queries),
-            feedback=collate_in_buckets(feedback),
-            trial=collate_in_buckets([query for pairs in demonstrations for query in pairs]),
+            query=self.collate(queries),
+            feedback=self.collate(feedback),
+            trial=self.collate([query for pairs in demonstrations for query in pairs]),
             folds=self.folds_of(wanted.positions) if self.folds and wanted.first else None,
         )
 
@@ -389,7 +411,7 @@ class PredictionData(torch.utils.data.Dataset):
                     pair, evidence = task.train[other], known.held_out(other, without=held_out)
                     learn.append(make_query(pair.input, pair.output, evidence, Augmentation.IDENTITY, fold))
         task_of_fold = torch.tensor(owners, dtype=torch.long)
-        return Folds(task=task_of_fold, learn=collate_in_buckets(learn), judge=collate_in_buckets(judge))
+        return Folds(task=task_of_fold, learn=self.collate(learn), judge=self.collate(judge))
 
 
 def prediction_order(tasks: Sequence[Task], *, views: int, max_cells: int) -> list[tuple[int, ...]]:
@@ -421,10 +443,19 @@ def context_pairs(task: Task, held_out: int | None = None) -> list[tuple[Grid, G
     return [(pair.input, pair.output) for pair in pairs if pair.output is not None]
 
 
-def pad_ids(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids of several texts -> ((G, S) int64 right-padded with 0, (G,) lengths)."""
-    lengths = torch.tensor([len(text) for text in texts])
-    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long)
+@dataclass
+class Texts(TensorBundle):
+    """Texts of contexts that are read in one pass."""
+
+    which: Tensor  # (n,) int64: of the batch's contexts
+    longest: int  # of their lengths
+
+
+def pad_ids(texts: Sequence[Sequence[int]], spare: int = PASS_TOKENS) -> tuple[Tensor, Tensor, list[Texts]]:
+    """Token ids of several texts -> ((G, S) int64 right-padded with 0, (G,) lengths, which are read together)."""
+    sizes = [len(text) for text in texts]
+    ids = torch.zeros(len(texts), max(sizes), dtype=torch.long)
     for index, text in enumerate(texts):
         ids[index, : len(text)] = torch.as_tensor(text, dtype=torch.long)
-    return ids, lengths
+    together = [Texts(torch.tensor(group), sizes[group[-1]]) for group in in_groups(sizes, spare)]
+    return ids, torch.tensor(sizes), together

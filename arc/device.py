@@ -11,6 +11,8 @@ import torch
 from arc.parallel import place
 from arc.run.files import UserError
 
+PASS_TOKENS = 400  # tokens that take a CPU as long as a pass of the agent takes it before its first
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -86,10 +88,10 @@ def resolve_precision(choice: str, device: torch.device) -> Precision:
     return Precision(None, False, f"not used on {device.type}")
 
 
-def small_pass(device: torch.device) -> int:
-    """Tokens up to which a pass of the agent costs about the same, whatever their number: on a GPU the time is that of
-    starting its kernels (on an H100 6,000 tokens took as long as 30,000)."""
-    return 16384 if device.type == "cuda" else 0
+def spare_tokens(device: torch.device) -> int:
+    """How many tokens more one pass of the agent can take for what it costs to start another: on a GPU nearly all the
+    time is that of starting kernels (on an H100 6,000 tokens took as long as 30,000)."""
+    return 16384 if device.type == "cuda" else PASS_TOKENS
 
 
 class Sizes(Protocol):

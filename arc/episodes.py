@@ -20,6 +20,7 @@ from arc.batches import (
     Query,
     QueryBatch,
     TensorBundle,
+    Texts,
     collate_in_buckets,
     collate_queries,
     context_pairs,
@@ -27,6 +28,7 @@ from arc.batches import (
     pad_ids,
     reverse_query,
 )
+from arc.device import PASS_TOKENS
 from arc.drawn import DrawnTasks, ManyPairs, Source
 from arc.evidence import EvidenceStore, NoEvidence, QueryEvidence, feedback_indices
 from arc.generate import GENERATED
@@ -177,6 +179,7 @@ class TrainBatch(TensorBundle):
 
     context_ids: Tensor  # (G, S) int64 token ids of the context's text, right-padded
     context_lengths: Tensor  # (G,) int64
+    reading: list[Texts]  # which contexts are read together
     task: Tensor  # (G,) int64 task number
     query: QueryBatch  # B queries; owner says which of the G episodes
     feedback: list[QueryBatch]  # context pairs as queries, the true query's output in none of their evidence
@@ -197,8 +200,8 @@ class EpisodeData(torch.utils.data.Dataset):
     encode: context pairs -> token ids (the Qwen tokenizer's text, see arc/qwen.py). refined_views: how many queries of
     an episode are answered under the refined prompt too; the others would teach the agent nearly the same a second
     time. source: where episodes whose pairs are drawn come from, with the evidence of `passing`.
-    place: of the process, which makes its share of each batch. max_cells, together: of `collate_in_buckets`; queries
-    are padded to at most twice `max_cells`.
+    place: of the process, which makes its share of each batch. max_cells, spare: of `collate_in_buckets` (and of
+    `pad_ids`); queries are padded to at most twice `max_cells`.
     """
 
     def __init__(
@@ -210,7 +213,7 @@ class EpisodeData(torch.utils.data.Dataset):
         seed: int,
         views: int,
         max_cells: float = math.inf,
-        together: int = 0,
+        spare: int = PASS_TOKENS,
         augment: str,
         feedback_pairs: int,
         refined_views: int,
@@ -222,7 +225,7 @@ class EpisodeData(torch.utils.data.Dataset):
         self.source, self.passing = source, passing or store
         self.seed, self.views, self.augment, self.feedback_pairs = seed, views, augment, feedback_pairs
         self.refined_views, self.place, self.max_cells = refined_views, place, max_cells
-        self.together = together
+        self.spare = spare
 
     @classmethod
     def of(
@@ -234,7 +237,7 @@ class EpisodeData(torch.utils.data.Dataset):
         encode: Any,
         place: Place = ALONE,
         *,
-        together: int = 0,
+        spare: int = PASS_TOKENS,
     ) -> Self:
         """As the flags have it. extra: see `source_of`."""
         return cls(
@@ -244,7 +247,7 @@ class EpisodeData(torch.utils.data.Dataset):
             seed=args.seed,
             views=args.views,
             max_cells=args.max_cells,
-            together=together,
+            spare=spare,
             augment=args.augment,
             feedback_pairs=args.feedback_pairs,
             refined_views=args.refined_views,
@@ -276,13 +279,14 @@ class EpisodeData(torch.utils.data.Dataset):
         refined = [
             at + n for at, each in zip(first_view, views, strict=True) for n in range(len(each[: self.refined_views]))
         ]
-        ids, lengths = pad_ids(texts)
+        ids, lengths, reading = pad_ids(texts, self.spare)
         return TrainBatch(
             context_ids=ids,
             context_lengths=lengths,
+            reading=reading,
             task=torch.tensor(numbers),
             query=collate_queries([query for asked in views for query in asked]),
-            feedback=collate_in_buckets(feedback, self.max_cells, self.together),
+            feedback=collate_in_buckets(feedback, self.max_cells, self.spare),
             way_back=collate_queries([reverse_query(each[0]) for each in views]),
             keep=torch.tensor([keeps_latent(self.seed, epoch, episode.index) for episode in episodes]),
             refined=torch.tensor(refined),

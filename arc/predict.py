@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from arc.agent import AgentOutput, GridAgent, voted_grid
 from arc.augment import Augmentation, evaluation_views
 from arc.batches import PredictionBatch, PredictionData, Prepared, QueryBatch, Round, prediction_order, unpad_grid
-from arc.device import Precision
+from arc.device import Precision, spare_tokens
 from arc.evaluate import (
     Attempts,
     two_attempts,
@@ -284,8 +284,9 @@ class Predictor:
         first, then the agent's views in rounds over all pairs until the time is up."""
         args, tasks, views = self.args, split.tasks, evaluation_views(self.args.val_views)
         folds = args.refine_steps > 1
+        spare, asked = spare_tokens(self.device), args.feedback_pairs
         data = PredictionData(
-            tasks, self.store, self.encode, views=views, feedback_pairs=args.feedback_pairs, folds=folds
+            tasks, self.store, self.encode, views=views, feedback_pairs=asked, folds=folds, spare=spare
         )
         order = prediction_order(tasks, views=len(views), max_cells=4 * args.max_cells)
         predict = functools.partial(self.batch, torch.tensor(split.numbers), {})

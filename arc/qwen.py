@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from arc.batches import Texts
+
 Tune = Literal["full", "lora", "frozen"]  # what of Qwen trains; the queries and the projection do in any case
 
 NO_CELL = 10  # the place of . and - in INPUTS and OUTPUTS
@@ -177,7 +179,7 @@ class QwenPrompt(nn.Module):
         super().__init__()
         self.backbone, self.tokenizer, self.name, self.is_tiny, self.tune = backbone, tokenizer, name, is_tiny, tune
         self.encoder = ContextEncoder(tokenizer.backend_tokenizer, max_context_tokens, log, context_text)
-        self._origin, self.base = origin, base
+        self._origin, self.base, self.is_sharded = origin, base, False
         self.embedding_dim: int = backbone.config.hidden_size
         # Queries of the size of a token's embedding, outputs of unit size.
         scale = embedding_of(backbone).weight.std().item()
@@ -219,6 +221,7 @@ class QwenPrompt(nn.Module):
     def sharded(self, device: torch.device, dtype: torch.dtype | None) -> Self:
         """This module divided among the processes, layer by layer (arc/sharding.py)."""
         shard(self, layers_of(self.backbone), device, dtype)
+        self.is_sharded = True
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -232,11 +235,12 @@ class QwenPrompt(nn.Module):
         """Token ids, at most `max_context_tokens`, of a context of (input, output) pairs. See `ContextEncoder`."""
         return self.encoder(pairs)
 
-    def forward(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, lengths: Tensor, reading: Sequence[Texts] = ()) -> tuple[Tensor, Tensor]:
         """Read contexts: prompt (B, K, D) and task embedding (B, hidden), the mean of what the queries read; both fp32.
 
         ids: (B, L) int64 token ids, right-padded with any valid id.  lengths: (B,) int64, 1 <= lengths <= L. What lies
-        behind a row's length has no influence on the result.
+        behind a row's length has no influence on the result.  reading: which rows are read together; by default all in
+        one pass, and so they are where the backbone is divided among processes, which must all make the same passes.
         """
         frozen = self.tune == "frozen" and self._all_attention
         read = self._read_frozen if frozen else self._read
@@ -244,7 +248,11 @@ class QwenPrompt(nn.Module):
         # back through torch's attention takes three times as long in bf16.
         narrow = self.is_tiny and ids.device.type == "cpu"
         with torch.autocast("cpu", enabled=False) if narrow else contextlib.nullcontext():
-            states = read(ids, lengths)  # (B, K, hidden)
+            if len(reading) < 2 or self.is_sharded:
+                states = read(ids, lengths)  # (B, K, hidden)
+            else:
+                parts = torch.cat([read(ids[t.which, : t.longest], lengths[t.which]) for t in reading])
+                states = torch.empty_like(parts).index_copy(0, torch.cat([t.which for t in reading]), parts)
         # fp32 also under autocast: the steps that refine a prompt are smaller than bf16 resolves. A tensor of its own:
         # FSDP2 gathers the weights for the way back in a hook of what comes out here, which a view could lose.
         return self.project(states).float().clone(), states.float().mean(1)

@@ -4,6 +4,7 @@ a query's output, or of any test output, gets in."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ from arc.batches import (
     collate_in_buckets,
     collate_queries,
     context_pairs,
+    in_groups,
     make_query,
     pad_grid,
     pad_ids,
@@ -258,25 +260,32 @@ def check_target(tokens: Tensor, grid: Tensor, size: Tensor, query: Query) -> No
     assert np.array_equal(unpad_grid(grid.numpy()), query.target) and tuple(size.tolist()) == query.target.shape
 
 
-@settings(max_examples=40)
-@given(st.lists(queries(), max_size=6))
-def test_buckets_hold_every_query_with_little_padding(items: list[Query]) -> None:
-    batches = collate_in_buckets(items)
-    cells = sorted(int(count) for batch in batches for count in batch.valid.sum(1))
-    assert cells == sorted(query.cells for query in items)
-    for batch in batches:
-        lengths = batch.valid.sum(1)
-        assert int(lengths.max()) <= 1.6 * int(lengths.min()) + 16
+def padded(sizes: list[int], groups: list[list[int]], spare: int) -> int:
+    """What the groups cost: all padded to their largest, and `spare` for each."""
+    return sum(len(group) * max(sizes[n] for n in group) + spare for group in groups)
+
+
+@given(st.lists(st.integers(1, 30), max_size=6), st.integers(0, 40))
+def test_no_other_groups_have_less_padding(sizes: list[int], spare: int) -> None:
+    groups = in_groups(sizes, spare)
+    assert sorted(n for group in groups for n in group) == list(range(len(sizes)))
+    assert [sizes[n] for group in groups for n in group] == sorted(sizes)
+    order = sorted(range(len(sizes)), key=lambda n: sizes[n])
+    for cuts in itertools.product((False, True), repeat=max(0, len(sizes) - 1)):
+        at = [0, *(n for n, cut in enumerate(cuts, 1) if cut), len(sizes)]
+        other = [order[a:b] for a, b in itertools.pairwise(at) if a < b]
+        assert padded(sizes, groups, spare) <= padded(sizes, other, spare)
 
 
 @settings(max_examples=40)
 @given(st.lists(queries(), max_size=6), st.integers(1, 100), st.integers(0, 100))
-def test_buckets_are_of_a_limited_size(items: list[Query], max_cells: int, together: int) -> None:
-    batches = collate_in_buckets(items, max_cells, together)
+def test_buckets_hold_every_query_and_are_of_a_limited_size(items: list[Query], max_cells: int, spare: int) -> None:
+    batches = collate_in_buckets(items, max_cells, spare)
     assert sorted(int(n) for b in batches for n in b.valid.sum(1)) == sorted(query.cells for query in items)
     assert all(len(batch) == 1 or batch.valid.numel() <= max_cells for batch in batches)
-    if items and len(items) * max(query.cells for query in items) <= min(max_cells, together):
-        assert len(batches) == 1  # so few that their sizes do not matter
+    sizes = [query.cells for query in items]
+    if items and len(items) * max(sizes) <= min(max_cells, sum(sizes) + spare):
+        assert len(batches) == 1  # so little padding that it is cheaper than a pass more
 
 
 @settings(max_examples=40)
@@ -305,9 +314,11 @@ def test_a_query_is_seen_under_its_augmentation_throughout(
 
 @given(st.lists(st.lists(st.integers(0, 2000), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_token_ids_are_padded_behind_their_length(texts: list[list[int]]) -> None:
-    ids, lengths = pad_ids(texts)
+    ids, lengths, reading = pad_ids(texts, spare=3)
     assert lengths.tolist() == [len(text) for text in texts] and ids.shape == (len(texts), max(map(len, texts)))
     assert [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)] == texts
+    assert sorted(n for part in reading for n in part.which.tolist()) == list(range(len(texts)))
+    assert all(part.longest == int(lengths[part.which].max()) for part in reading)
 
 
 def test_class_zero_has_no_vote() -> None:

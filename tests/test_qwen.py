@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from arc import qwen_source
+from arc.batches import Texts
 from arc.datasets import load_dataset
 from arc.qwen import ContextEncoder, QwenPrompt, build_qwen, cells_text, pair_text
 from arc.run.files import UserError
@@ -234,6 +235,9 @@ def test_batched_equals_unpadded_single(spec: str, tune: str, cache: Path, qwen2
         alone, alone_embedding = model(ids[row : row + 1, :length], lengths[row : row + 1])
         torch.testing.assert_close(prompt[row], alone[0], atol=2e-6, rtol=2e-6)
         torch.testing.assert_close(embedding[row], alone_embedding[0], atol=2e-6, rtol=2e-6)
+    in_turn = [Texts(rows, int(lengths[rows].max())) for rows in (torch.tensor([3, 0]), torch.tensor([2, 1]))]
+    for parts, together in zip(model(ids, lengths, in_turn), (prompt, embedding), strict=True):
+        torch.testing.assert_close(parts, together, atol=2e-6, rtol=2e-6)
     other = torch.where(torch.arange(60) < lengths[:, None], ids, (ids + 1) % 250)
     assert torch.equal(model(other, lengths)[0], prompt)  # padding counts for nothing
     changed = ids.clone()
