@@ -179,7 +179,7 @@ class Flags:
     agent_width: int = flag(AGENT, 128, "width of a token", whole(16, 4096))
     agent_heads: int = flag(AGENT, 2, "attention heads", whole(1, 64))
     agent_blocks: int = flag(AGENT, 2, "blocks with weights of their own", whole(1, 64))
-    agent_passes: int = flag(AGENT, 2, "times the blocks are run, each supervised", whole(1, 16))
+    agent_passes: int = flag(AGENT, 1, "times the blocks are run, each supervised", whole(1, 16))
     optimizer: str = flag(AGENT, "muon", "for the matrices of the agent's blocks", ("muon", "adamw"))
     ema: float = flag(AGENT, 0.995, "decay of the averaged weights; 0: none", real(0, 0.99999))
 
@@ -232,10 +232,10 @@ class Flags:
                                  "leave-one-out advantages", ("expected", "rloo"))
     policy_samples: int = flag(FIX_26, 4, "actions an episode under rloo", whole(2, 64))
     no_policy: bool = flag(FIX_26, False, "control: no refinement, the agent trained on one pass")
-    refined_views: int = flag(FIX_26, 2, "views answered after refinement too", whole(1, 64))
+    refined_views: int = flag(FIX_26, 1, "views answered after refinement too", whole(1, 64))
     refine_steps: int = flag(FIX_26, 1, "of evaluation: 1: the policy's action; more: up to so many, as held-out "
                              "demonstrations find best", whole(1, 100), FREE)
-    feedback_pairs: int = flag(FIX_26, 2, "context pairs that give feedback", whole(1, 2))
+    feedback_pairs: int = flag(FIX_26, 1, "context pairs that give feedback", whole(1, 2))
     w_risk: float = flag(FIX_26, EfeWeights.risk, "weight of the efe term risk", real(0))
     w_ambiguity: float = flag(FIX_26, EfeWeights.ambiguity, "weight of the efe term ambiguity", real(0))
     w_size: float = flag(FIX_26, EfeWeights.size, "weight of the efe term size", real(0))
@@ -581,7 +581,7 @@ def build_run(
     known = saved_latents(checkpoint.state["model"]) if checkpoint else len(chosen.training)
     latent = TaskLatent(known, args.prompt_len, args.prompt_dim).to(device) if args.task_latent else None
     optimizer, average = build_optimizer(args, qwen, agent, policy, memory, latent)
-    store = NoEvidence() if args.no_evidence else EvidenceStore(Path(args.cache_dir) / "evidence")
+    store = NoEvidence() if args.no_evidence else EvidenceStore(f"{args.cache_dir}/evidence", args.feedback_pairs)
     predicted += all_tasks(chosen.data) if args.submission else []
     state = TrainState()
     budget = Budget(

@@ -19,13 +19,10 @@ DRAWN: Mapping[str, Any] = {
     "agent_width": 64,
     "agent_heads": 8,
     "agent_blocks": 3,
-    "agent_passes": 1,
     "agent_lr": 2e-3,
     "qwen_lr": 1e-3,
     "context_text": "cells",
     "grid_focus": 0.0,
-    "feedback_pairs": 1,
-    "refined_views": 1,
     "w_size": 0.5,
 }
 
@@ -39,7 +36,8 @@ GPU: Mapping[str, Any] = {
     "agent_width": 512,
     "agent_heads": 8,
     "agent_blocks": 8,
-    "agent_passes": 1,
+    "feedback_pairs": 2,
+    "refined_views": 2,
     "agent_lr": 1e-3,
     "optimizer": "muon",
     "ema": 0.999,

@@ -24,7 +24,7 @@ from arc.evidence.canvas import Canvas, components
 from arc.evidence.cells import OutputCells
 from arc.evidence.counting import TaskEvidence
 from arc.evidence.planes import all_planes
-from arc.evidence.programs import colour_map
+from arc.evidence.programs import ProgramSearch, colour_map
 from arc.evidence.sizes import SIZE_RULES
 from arc.evidence.sources import SOURCES
 from arc.evidence.store import evidence_key
@@ -113,7 +113,7 @@ def test_the_held_out_output_enters_nothing_on_real_tasks() -> None:
         spoilt[hidden] = Pair(task.train[hidden].input, random_grid(rng, max_side=20, colours=10))
         before, after = TaskEvidence(task.train, tests), TaskEvidence(spoilt, tests)
         assert same(before.query(held_out=hidden), after.query(held_out=hidden)), task.id
-        for judged in feedback_indices(len(task.train), hidden):
+        for judged in feedback_indices(len(task.train), hidden, 2):
             pair = {"held_out": judged, "without": hidden}
             assert same(before.query(**pair), after.query(**pair)), task.id
 
@@ -141,7 +141,7 @@ def test_every_legal_task_gets_a_valid_answer(seed: int, n: int, tests: int) -> 
     evidence = TaskEvidence(pairs, inputs)
     for i in range(n):
         check(evidence.query(held_out=i))
-        for k in feedback_indices(n, i):
+        for k in feedback_indices(n, i, 2):
             check(evidence.query(held_out=k, without=i))
     for j in range(tests):
         check(evidence.query(test=j))
@@ -227,7 +227,7 @@ def test_feedback_indices_are_distinct_and_never_the_query() -> None:
             assert i not in chosen and len(set(chosen)) == len(chosen) == min(limit, n - 1)
             assert all(0 <= k < n for k in chosen)
         assert feedback_indices(n, None, limit) == tuple(range(min(n, limit)))
-    assert feedback_indices(4, 3) == (0, 1)
+    assert feedback_indices(4, 3, 2) == (0, 1)
 
 
 def test_a_better_record_never_weighs_less() -> None:
@@ -358,7 +358,7 @@ def test_rays_and_regions_of_a_known_grid() -> None:
 def test_anchors_of_a_known_grid() -> None:
     inp = grid([[1, 2], [3, 4]])
     canvas = Canvas([inp])
-    cells = OutputCells(canvas, all_planes(canvas), [(0, 4, 4)], lambda *_: None)
+    cells = OutputCells(canvas, all_planes(canvas), [(0, 4, 4)], ProgramSearch(canvas, [inp]))
 
     def seen(anchor: str) -> np.ndarray:
         return cells.feature(f"colour@{anchor}").reshape(4, 4)
@@ -389,7 +389,7 @@ def task() -> Task:
 
 def all_answers(queries: TaskQueries) -> list[QueryEvidence]:
     answers = [queries.held_out(i) for i in range(3)]
-    answers += [queries.held_out(k, without=i) for i in range(3) for k in feedback_indices(3, i)]
+    answers += [queries.held_out(k, without=i) for i in range(3) for k in feedback_indices(3, i, 1)]
     return [*answers, queries.test(0), queries.test(1)]
 
 
@@ -415,7 +415,7 @@ def test_store_answers_an_unplanned_query(tmp_path: Path) -> None:
     task = Task("t", tuple(pairs), tuple(Pair(g, None) for g in tests))
     EvidenceStore(tmp_path).get(task)
     direct = TaskEvidence(pairs, tests).query(held_out=0, without=1)
-    assert 0 not in feedback_indices(4, 1)
+    assert 0 not in feedback_indices(4, 1, 1)
     assert same(EvidenceStore(tmp_path).get(task).held_out(0, without=1), direct)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from arc.evidence.canvas import MISSING, Canvas
 from arc.evidence.planes import Planes
+from arc.evidence.programs import ProgramSearch
 
 Item = tuple[int, int, int]  # index of the input grid, output height, output width
 
@@ -27,10 +28,10 @@ class OutputCells:
         canvas: Canvas,
         planes: Planes,
         items: Sequence[Item],
-        transformed: Callable[[int, str, str], np.ndarray | None],
+        programs: ProgramSearch,
     ):
-        """`transformed(grid, cut, change)` is the result of a whole-grid transform (`ProgramSearch.result`)."""
-        self.canvas, self.planes, self.items, self.transformed = canvas, planes, list(items), transformed
+        """programs: what whole-grid transforms make of the grids."""
+        self.canvas, self.planes, self.items, self.programs = canvas, planes, list(items), programs
         areas = np.array([h * w for _, h, w in items])
         self.starts = np.concatenate([[0], np.cumsum(areas)])
         local = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], areas)

@@ -26,7 +26,6 @@ from arc.evidence.tables import (
     NUM_COLOUR_TABLES,
     NUM_HASHED_TABLES,
     NUM_PROGRAM_TABLES,
-    NUM_SOURCE_TABLES,
     NUM_TABLES,
     TABLES,
 )
@@ -37,17 +36,17 @@ Out = tuple[int, ...]  # demonstrations that must not be used, ascending
 QueryKey = tuple[int, int, int]  # (held_out, test, without), -1 for None
 
 
-def feedback_indices(n: int, held_out: int | None, limit: int = 2) -> tuple[int, ...]:
+def feedback_indices(n: int, held_out: int | None, limit: int) -> tuple[int, ...]:
     """Demonstrations that serve as feedback for a query: those after it, cyclically; for a test query the first."""
     if held_out is None:
         return tuple(range(min(n, limit)))
     return tuple((held_out + step) % n for step in range(1, min(n - 1, limit) + 1))
 
 
-def planned_queries(n: int, tests: int) -> list[QueryKey]:
-    """What training and evaluation ask for: each demonstration, each feedback pair of a query, each test input."""
+def planned_queries(n: int, tests: int, feedback_pairs: int) -> list[QueryKey]:
+    """What training and evaluation ask for: each demonstration, the feedback pairs of each, each test input."""
     plain = [(i, -1, -1) for i in range(n)]
-    feedback = [(k, -1, i) for i in range(n) for k in feedback_indices(n, i)]
+    feedback = [(k, -1, i) for i in range(n) for k in feedback_indices(n, i, feedback_pairs)]
     return plain + feedback + [(-1, j, -1) for j in range(tests)]
 
 
@@ -61,14 +60,12 @@ class ColourCounts:
     total: np.ndarray  # (10, contexts) int32
 
     @classmethod
-    def of(cls, context: np.ndarray, width: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int) -> ColourCounts:
-        """context: (tables, N) numbers below width (tables,); pair, truth: (N_demo,) of the first cells."""
-        offset = np.concatenate([[0], np.cumsum(width)])
-        row = context + offset[:-1, None]
-        contexts = int(offset[-1])
-        flat = (pair * 10 + truth) * contexts + row[:, : len(pair)]
-        counts = np.bincount(flat.reshape(-1), minlength=n * 10 * contexts).reshape(n, 10, contexts).astype(np.int32)
-        counts[:, :, offset[:-1]] = 0
+    def of(cls, contexts: Contexts, pair: np.ndarray, truth: np.ndarray, n: int) -> ColourCounts:
+        """pair, truth: (N_demo,) of the first cells."""
+        row, total = contexts.row, int(contexts.width.sum())
+        flat = (pair * 10 + truth) * total + row[:, : len(pair)]
+        counts = np.bincount(flat.reshape(-1), minlength=n * 10 * total).reshape(n, 10, total).astype(np.int32)
+        counts[:, :, contexts.offset] = 0
         return cls(row, counts, counts.sum(0, dtype=np.int32))
 
     def codes(self, out: Out) -> np.ndarray:
@@ -101,10 +98,8 @@ class SourceCounts:
     hits_total: np.ndarray  # (contexts, S), likewise
 
     @classmethod
-    def of(
-        cls, context: np.ndarray, width: np.ndarray, values: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int
-    ) -> SourceCounts:
-        """context: (tables, N) numbers below width (tables,); values: all sources; pair, truth: (N_demo,)."""
+    def of(cls, contexts: Contexts, values: np.ndarray, pair: np.ndarray, truth: np.ndarray, n: int) -> SourceCounts:
+        """values: all sources; pair, truth: (N_demo,) of the first cells."""
         values = values[(values != UNAVAILABLE).any(1)]
         hit = values[:, : len(pair)] == truth  # (S, N_demo)
         first: dict[bytes, int] = {}
@@ -114,24 +109,27 @@ class SourceCounts:
         values, hit = values[different], hit[different]
         lanes = np.zeros((len(pair), -(-len(values) // 4) * 4), np.int16)  # hits of a cell, four sources to a word:
         lanes[:, : len(values)] = hit.T  # one demonstration has at most 900 cells, so words add up without a carry
-        words = lanes.view(np.int64)
-        offset = np.concatenate([[0], np.cumsum(width)])
-        row = context + offset[:-1, None]
-        total = int(offset[-1])
-        flat = pair * total + row[:, : len(pair)]  # (tables, N_demo)
-        seen = np.bincount(flat.reshape(-1), minlength=n * total).astype(np.int16).reshape(n, total)
-        seen[:, offset[:-1]] = 0
-        hits = np.zeros((n * total, words.shape[1]), np.int64)
-        for t in range(NUM_SOURCE_TABLES):
-            cells = np.flatnonzero(context[t, : len(pair)])
-            cells = cells[flat[t, cells].argsort()]
-            if len(cells):
-                key = flat[t, cells]
-                starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-                hits[key[starts]] = np.add.reduceat(words[cells], starts, axis=0)
-        by_pair = hits.view(np.int16).reshape(n, total, -1)
+        seen, words = cls._sightings(contexts, lanes.view(np.int64), pair, n)
+        hits = words.view(np.int16)
         wide = np.int16 if n * MAX_SIDE**2 < 2**15 else np.int32
-        return cls(row, values, seen, by_pair, seen.sum(0, dtype=wide), by_pair.sum(0, dtype=wide))
+        return cls(contexts.row, values, seen, hits, seen.sum(0, dtype=wide), hits.sum(0, dtype=wide))
+
+    @staticmethod
+    def _sightings(contexts: Contexts, words: np.ndarray, pair: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """How many cells of each demonstration have a context, (n, contexts) int16, and the sum of their `words`
+        (N_demo, W), (n, contexts, W)."""
+        # The demonstrations' cells by context, and of one context by demonstration, as these come one after the other
+        counted = (contexts.ordered > 0) & (contexts.order < len(pair))
+        cells, total = contexts.order[counted], int(contexts.width.sum())
+        key = pair.take(cells) * total + (contexts.ordered + contexts.offset[:, None])[counted]
+        starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
+        rows = key[starts]
+        seen, sums = np.zeros(n * total, np.int16), np.zeros((n * total, words.shape[1]), np.int64)
+        seen[rows] = np.diff(starts, append=len(key))
+        for part in range(0, len(starts), 512):  # few enough to stay in the processor's cache
+            begin, end = starts[part : part + 512], [*starts[part + 512 : part + 513], len(key)][0]
+            sums[rows[part : part + 512]] = np.add.reduceat(words[cells[begin[0] : end]], begin - begin[0], axis=0)
+        return seen.reshape(n, total), sums.reshape(n, total, -1)
 
     def best(self, out: Out) -> tuple[np.ndarray, np.ndarray]:
         """Without demonstrations `out`: the source with most hits in each context, and the context's class."""
@@ -153,10 +151,10 @@ class Counts:
         truth = np.concatenate([output.reshape(-1) for output in outputs])
         pair = cells.grid[: len(truth)]
         values = source_values(cells)
-        context, width = _contexts(cells, values)
-        self._colours = ColourCounts.of(context[:NUM_COLOUR_TABLES], width[:NUM_COLOUR_TABLES], pair, truth, n)
+        contexts = Contexts.of(cells, values)
+        self._colours = ColourCounts.of(contexts.tables(slice(NUM_COLOUR_TABLES)), pair, truth, n)
         sources = slice(NUM_COLOUR_TABLES, NUM_HASHED_TABLES)
-        self._sources = SourceCounts.of(context[sources], width[sources], values, pair, truth, n)
+        self._sources = SourceCounts.of(contexts.tables(sources), values, pair, truth, n)
         self._lookups: dict[Out, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def codes(self, item: int, out: Out) -> np.ndarray:
@@ -175,12 +173,13 @@ class Counts:
 
 
 _FEATURES = sorted({name for table in TABLES[:NUM_HASHED_TABLES] for name in table.features})
-# For k = 0, 1, ...: the tables that have more than k features, and the number of each one's k-th
+_BY_LENGTH = sorted(range(NUM_HASHED_TABLES), key=lambda t: -len(TABLES[t].features))  # most features first
+# For k = 0, 1, ...: the number of the k-th feature of those tables of `_BY_LENGTH` that have so many
 _PARTS = [
-    (np.array(tables), np.array([_FEATURES.index(TABLES[t].features[k]) for t in tables]))
-    for k in range(max(len(table.features) for table in TABLES))
-    if (tables := [t for t, table in enumerate(TABLES) if len(table.features) > k])
+    np.array([_FEATURES.index(TABLES[t].features[k]) for t in _BY_LENGTH if len(TABLES[t].features) > k])
+    for k in range(len(TABLES[_BY_LENGTH[0]].features))
 ]
+_PLACES = np.argsort(_BY_LENGTH)  # of each table in `_BY_LENGTH`
 
 
 def _hashes(cells: OutputCells, values: np.ndarray) -> np.ndarray:
@@ -188,40 +187,67 @@ def _hashes(cells: OutputCells, values: np.ndarray) -> np.ndarray:
     feature = np.empty((len(_FEATURES), len(cells)), np.int64)
     for number, name in enumerate(_FEATURES):
         feature[number] = values[SOURCE_NUMBER[name[1:]]] if name[0] == "$" else cells.feature(name)
-    hashes = np.zeros((NUM_HASHED_TABLES, len(cells)), np.int64)
-    for k, (tables, numbers) in enumerate(_PARTS):
-        hashes[tables] += (feature * KEYS[1000 + k])[numbers]
-    return hashes
+    hashes = (feature * KEYS[1000]).take(_PARTS[0], axis=0)
+    for k, numbers in enumerate(_PARTS[1:], start=1001):
+        hashes[: len(numbers)] += (feature * KEYS[k]).take(numbers, axis=0)
+    return hashes.take(_PLACES, axis=0)
 
 
-def _contexts(cells: OutputCells, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Context number of every cell under every hashed table, (tables, N), 0 where the context occurs for one grid
-    only; and the number of contexts of each table, that one included."""
-    hashes = _hashes(cells, values)
-    order = hashes.argsort(axis=1)
-    place = (order + np.arange(0, hashes.size, len(cells))[:, None]).reshape(-1)
-    hashes, grid = hashes.take(place).reshape(order.shape), cells.grid.take(order)
-    first = np.ones(order.shape, bool)  # of the cells of its context, in this order
-    first[:, 1:] = hashes[:, 1:] != hashes[:, :-1]
-    group = first.reshape(-1).cumsum() - 1  # numbers the contexts of all tables
-    crosses = np.zeros(order.shape, bool)  # cells of one context that follow each other, of two grids
-    crosses[:, 1:] = ~first[:, 1:] & (grid[:, 1:] != grid[:, :-1])
-    shared = np.bincount(group[crosses.reshape(-1)], minlength=int(group[-1]) + 1) > 0
-    table_of = np.flatnonzero(first.reshape(-1)) // len(cells)
-    number = np.cumsum(shared)
-    before = np.concatenate([[0], number[np.cumsum(np.bincount(table_of)) - 1]])  # shared contexts of earlier tables
-    number = np.where(shared, number - before[table_of], 0)
-    contexts = np.empty(order.size, np.int64)
-    contexts[place] = number.take(group)
-    return contexts.reshape(order.shape), np.diff(before) + 1
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """Which cells look alike to each hashed table, as context numbers: 0 where the context occurs for one grid only."""
+
+    number: np.ndarray  # (tables, N): of each cell
+    width: np.ndarray  # (tables,): how many contexts a table has, number 0 included
+    order: np.ndarray  # (tables, N): the cells by context, those of one context as they come
+    ordered: np.ndarray  # (tables, N): `number` in that order
+
+    @classmethod
+    def of(cls, cells: OutputCells, values: np.ndarray) -> Contexts:
+        """values: of all sources at the cells."""
+        hashes, low = _hashes(cells, values), (1 << len(cells).bit_length()) - 1
+        hashes &= ~low  # the cell's own number stands in the lowest bits, so that to sort is to order
+        hashes |= np.arange(len(cells))
+        hashes.sort(axis=1)
+        order = hashes & low
+        hashes &= ~low
+        grid = cells.grid.take(order)
+        first = np.ones(order.shape, bool)  # of the cells of its context, in this order
+        first[:, 1:] = hashes[:, 1:] != hashes[:, :-1]
+        group = first.reshape(-1).cumsum() - 1  # numbers the contexts of all tables
+        crosses = np.zeros(order.shape, bool)  # cells of one context that follow each other, of two grids
+        crosses[:, 1:] = ~first[:, 1:] & (grid[:, 1:] != grid[:, :-1])
+        shared = np.bincount(group[crosses.reshape(-1)], minlength=int(group[-1]) + 1) > 0
+        table_of = np.flatnonzero(first.reshape(-1)) // len(cells)
+        number = np.cumsum(shared)
+        before = np.concatenate([[0], number[np.cumsum(np.bincount(table_of)) - 1]])  # of earlier tables
+        ordered = np.where(shared, number - before[table_of], 0).take(group).reshape(order.shape)
+        contexts = np.empty_like(ordered)
+        np.put_along_axis(contexts, order, ordered, axis=1)
+        return cls(contexts, np.diff(before) + 1, order, ordered)
+
+    @property
+    def offset(self) -> np.ndarray:
+        """(tables,): the row of each table's number 0, where all have theirs one after the other."""
+        return np.cumsum(self.width) - self.width
+
+    @property
+    def row(self) -> np.ndarray:
+        """(tables, N): each cell's row there."""
+        return self.number + self.offset[:, None]
+
+    def tables(self, chosen: slice) -> Contexts:
+        """Those of some tables."""
+        return Contexts(self.number[chosen], self.width[chosen], self.order[chosen], self.ordered[chosen])
 
 
 class TaskEvidence:
     """All evidence of one task, computed from its demonstrations and its test inputs. Never receives a test output."""
 
-    def __init__(self, train: Sequence[Pair], test_inputs: Sequence[Grid]):
+    def __init__(self, train: Sequence[Pair], test_inputs: Sequence[Grid], feedback_pairs: int = 1):
+        """feedback_pairs: of `planned_queries`; others are answered too, and take longer."""
         self.outputs = [np.asarray(pair.output) for pair in train]
-        self.n = len(self.outputs)
+        self.n, self._feedback_pairs = len(self.outputs), feedback_pairs
         grids = [np.asarray(pair.input) for pair in train] + [np.asarray(grid) for grid in test_inputs]
         self._canvas = Canvas(grids)
         self._programs = ProgramSearch(self._canvas, self.outputs)
@@ -283,13 +309,13 @@ class TaskEvidence:
     @cached_property
     def _plans(self) -> dict[tuple[int, Out], None]:
         """The planned queries, as `_plan` tells them, in order."""
-        keys = planned_queries(self.n, len(self._canvas.grids) - self.n)
+        keys = planned_queries(self.n, len(self._canvas.grids) - self.n, self._feedback_pairs)
         return dict.fromkeys(self._plan(**arguments(key)) for key in keys)
 
     def _count(self, queries: Sequence[Item]) -> Counts:
         demonstrations = [(index, *_shape(output)) for index, output in enumerate(self.outputs)]
         items = list(dict.fromkeys([*demonstrations, *queries]))
-        return Counts(OutputCells(self._canvas, self._planes, items, self._programs.result), self.outputs)
+        return Counts(OutputCells(self._canvas, self._planes, items, self._programs), self.outputs)
 
     def _codes(self, counts: Counts, item: int, out: Out) -> np.ndarray:
         """Codes of all tables at an item's cells, from the demonstrations not in `out`: (T, cells) uint8.

@@ -86,6 +86,10 @@ class ProgramSearch:
                 cuts[name] = scenes
         return cuts
 
+    def cut(self, name: str) -> list[Grid | None]:
+        """What a cut leaves of each grid, as `result` has it without a change."""
+        return [None if scene is None else scene.grid for scene in self.cuts[self._same_as[name]]]
+
     def result(self, index: int, cut: str, change: str) -> Grid | None:
         """What the program makes of grid `index` (demonstration inputs first, then test inputs)."""
         return self._result(self.cuts[self._same_as[cut]][index], change)

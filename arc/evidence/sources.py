@@ -6,7 +6,7 @@ the demonstrations; a source has no colour (`UNAVAILABLE`) at a cell where what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,16 @@ from arc.evidence.canvas import OUTSIDE, UNAVAILABLE
 from arc.evidence.cells import OutputCells
 from arc.evidence.changes import SAME_SHAPE
 from arc.evidence.cuts import CUTS
+from arc.tasks import Grid
 
 
 @dataclass(frozen=True)
 class Source:
-    """`function(output cells)` gives one colour, or UNAVAILABLE, for each output cell: (N,)."""
+    """`function(output cells)` gives one colour, or UNAVAILABLE, for each output cell: (N,); None: UNAVAILABLE for
+    all."""
 
     name: str
-    function: Callable[[OutputCells], np.ndarray]
+    function: Callable[[OutputCells], np.ndarray | None]
     meaning: str
 
 
@@ -67,30 +69,46 @@ def _spread(cut: str) -> Callable[[OutputCells], np.ndarray]:
     """The one cell that a cut of one cell leaves, everywhere."""
 
     def source(cells: OutputCells) -> np.ndarray:
-        picks = np.full(len(cells.canvas.grids), UNAVAILABLE)
-        for grid in range(len(picks)):
-            result = cells.transformed(grid, cut, "")
-            if result is not None:
-                picks[grid] = result[0, 0]
+        results = cells.programs.cut(cut)
+        picks = np.array([UNAVAILABLE if result is None else result[0, 0] for result in results])
         return picks[cells.grid]
 
     return source
 
 
-def _whole(cut: str, change: str) -> Callable[[OutputCells], np.ndarray]:
-    """The result of a whole-grid transform, where it has the output's size. A change keeps the shape (SAME_SHAPE)."""
+def _cut(name: str) -> Callable[[OutputCells], np.ndarray | None]:
+    """The part of the input that a cut leaves, where it has the output's size."""
 
-    def source(cells: OutputCells) -> np.ndarray:
-        values = np.full(len(cells), UNAVAILABLE, np.uint8)
-        for number, (grid, height, width) in enumerate(cells.items):
-            if change and cells.canvas.grids[grid].shape != (height, width):
-                continue
-            result = cells.transformed(grid, cut, change)
-            if result is not None and result.shape == (height, width):
-                values[cells.slice(number)] = result.reshape(-1)
-        return values
+    def source(cells: OutputCells) -> np.ndarray | None:
+        results = cells.programs.cut(name)
+        return _placed(cells, [results[grid] for grid, _, _ in cells.items])
 
     return source
+
+
+def _changed(change: str) -> Callable[[OutputCells], np.ndarray | None]:
+    """The whole input after a change that keeps its shape, where that is the output's size."""
+
+    def source(cells: OutputCells) -> np.ndarray | None:
+        kept = [cells.canvas.grids[grid].shape == (height, width) for grid, height, width in cells.items]
+        results = [
+            cells.programs.result(grid, "all", change) if same else None
+            for (grid, _, _), same in zip(cells.items, kept, strict=True)
+        ]
+        return _placed(cells, results)
+
+    return source
+
+
+def _placed(cells: OutputCells, results: Sequence[Grid | None]) -> np.ndarray | None:
+    """Each item's result, where it has the item's size; None if none has."""
+    values: np.ndarray | None = None
+    for number, (result, (_, height, width)) in enumerate(zip(results, cells.items, strict=True)):
+        if result is not None and result.shape == (height, width):
+            if values is None:
+                values = np.full(len(cells), UNAVAILABLE, np.uint8)
+            values[cells.slice(number)] = result.reshape(-1)
+    return values
 
 
 _ANCHORS = (
@@ -149,13 +167,13 @@ def _declare() -> tuple[Source, ...]:
     for colour in range(10):
         sources.append(Source(f"colour_{colour}", _constant(colour), f"colour {colour}"))
     for name in SAME_SHAPE:
-        sources.append(Source(f"changed_{name}", _whole("all", name), f"the input changed by {name}"))
+        sources.append(Source(f"changed_{name}", _changed(name), f"the input changed by {name}"))
     for name in CUTS:
         if name.startswith("colour_of_"):
             sources.append(Source(name, _spread(name), f"the {name.replace('_', ' ')} object of the input"))
     for name in CUTS:
         if name != "all":
-            sources.append(Source(f"cut_{name}", _whole(name, ""), f"the part of the input cut out by {name}"))
+            sources.append(Source(f"cut_{name}", _cut(name), f"the part of the input cut out by {name}"))
     return tuple(sources)
 
 
@@ -168,5 +186,6 @@ def source_values(cells: OutputCells) -> np.ndarray:
     """Every source at every output cell: (S, N) uint8."""
     values = np.empty((NUM_SOURCES, len(cells)), np.uint8)
     for index, source in enumerate(SOURCES):
-        values[index] = source.function(cells)
+        found = source.function(cells)
+        values[index] = UNAVAILABLE if found is None else found
     return values

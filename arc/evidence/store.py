@@ -44,22 +44,29 @@ def package_version() -> str:
 VERSION = package_version()
 
 
-def evidence_key(task: Task) -> str:
-    """SHA-256 of the task's demonstrations, test inputs and VERSION (not of its id, not of any test output)."""
-    return hashlib.sha256(f"{VERSION} {task.digest}".encode()).hexdigest()
+def evidence_key(task: Task, feedback_pairs: int = 1) -> str:
+    """SHA-256 of the task's demonstrations, test inputs, VERSION (not of its id, not of any test output) and which
+    queries are planned."""
+    return hashlib.sha256(f"{VERSION} {feedback_pairs} {task.digest}".encode()).hexdigest()
 
 
 class TaskQueries:
     """The evidence of all planned queries of one task; another query is computed when first asked for."""
 
-    def __init__(self, task: Task, answers: dict[QueryKey, QueryEvidence]):
-        self._task, self._answers = task, answers
+    def __init__(self, task: Task, answers: dict[QueryKey, QueryEvidence], feedback_pairs: int = 1):
+        """feedback_pairs: of `planned_queries`."""
+        self._task, self._answers, self._feedback_pairs = task, answers, feedback_pairs
 
     @classmethod
-    def compute(cls, task: Task) -> TaskQueries:
-        evidence = _evidence_of(task)
-        keys = planned_queries(len(task.train), len(task.test))
-        return cls(task, {key: evidence.query(**arguments(key)) for key in keys})
+    def compute(cls, task: Task, feedback_pairs: int = 1) -> TaskQueries:
+        queries = cls(task, {}, feedback_pairs)
+        evidence = queries._count()  # not kept: it is many times as large as what it says
+        queries._answers.update((key, evidence.query(**arguments(key))) for key in queries.planned)
+        return queries
+
+    @property
+    def planned(self) -> list[QueryKey]:
+        return planned_queries(len(self._task.train), len(self._task.test), self._feedback_pairs)
 
     def held_out(self, index: int, without: int | None = None) -> QueryEvidence:
         """Demonstration `index` from the others, less `without`."""
@@ -76,11 +83,14 @@ class TaskQueries:
 
     @cached_property
     def _evidence(self) -> TaskEvidence:
-        return _evidence_of(self._task)
+        return self._count()
+
+    def _count(self) -> TaskEvidence:
+        return TaskEvidence(self._task.train, [pair.input for pair in self._task.test], self._feedback_pairs)
 
     def to_arrays(self) -> Arrays:
         """All planned answers as plain arrays, for `from_arrays`: Q queries, as `_layout` tells, and `sizes` (Q, 2)."""
-        answers = [self._answers[key] for key in planned_queries(len(self._task.train), len(self._task.test))]
+        answers = [self._answers[key] for key in self.planned]
         return {
             "sizes": np.array([a.size for a in answers], np.uint8),
             "rule_sizes": np.stack([a.rule_sizes for a in answers]),
@@ -91,17 +101,17 @@ class TaskQueries:
         }
 
     @classmethod
-    def from_arrays(cls, task: Task, arrays: Arrays) -> TaskQueries:
+    def from_arrays(cls, task: Task, arrays: Arrays, feedback_pairs: int = 1) -> TaskQueries:
         """Inverse of `to_arrays`, for arrays of the right shapes and types. Raises ValueError where a value is not one
         that evidence can have."""
         _check_values(arrays)
         sizes = arrays["sizes"].astype(np.int64)
         ends = np.cumsum(sizes.prod(1))
-        answers = {}
-        for q, key in enumerate(planned_queries(len(task.train), len(task.test))):
+        queries = cls(task, {}, feedback_pairs)
+        for q, key in enumerate(queries.planned):
             height, width = sizes[q].tolist()
             codes = np.ascontiguousarray(arrays["codes"][:, ends[q] - height * width : ends[q]])
-            answers[key] = QueryEvidence(
+            queries._answers[key] = QueryEvidence(
                 size=(height, width),
                 rule_sizes=arrays["rule_sizes"][q],
                 rule_features=arrays["rule_features"][q],
@@ -109,11 +119,7 @@ class TaskQueries:
                 codes=codes.reshape(NUM_TABLES, height, width),
                 table_stats=arrays["table_stats"][q],
             )
-        return cls(task, answers)
-
-
-def _evidence_of(task: Task) -> TaskEvidence:
-    return TaskEvidence(task.train, [pair.input for pair in task.test])
+        return queries
 
 
 def _check_values(arrays: Arrays) -> None:
@@ -184,28 +190,29 @@ class EvidenceStore:
     """Evidence by task: computed once, the latest `max_tasks_in_memory` kept in memory, all of them in `cache_dir`.
 
     A cache file is trusted only after its digest, then shapes and values, have been checked; else all is computed anew.
+    feedback_pairs: of a query; with others than so many it is computed each time that a task comes into memory.
     """
 
-    def __init__(self, cache_dir: Path | None, max_tasks_in_memory: int = 2000):
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+    def __init__(self, cache_dir: Path | str | None, feedback_pairs: int = 1, max_tasks_in_memory: int = 2000):
+        self.cache_dir, self.feedback_pairs = None if cache_dir is None else Path(cache_dir), feedback_pairs
         self.max_tasks_in_memory = max_tasks_in_memory
         self._memory: OrderedDict[str, TaskQueries] = OrderedDict()
 
     def is_prepared(self, task: Task) -> bool:
         """Whether `get` will find the task's evidence without computing it (a damaged cache file aside)."""
-        key = evidence_key(task)
+        key = evidence_key(task, self.feedback_pairs)
         path = self._path(key)
         return key in self._memory or (path is not None and path.exists())
 
     def get(self, task: Task) -> TaskQueries:
         """The task's evidence, from memory, from disk or computed."""
-        key = evidence_key(task)
+        key = evidence_key(task, self.feedback_pairs)
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
         queries = self._read(key, task)
         if queries is None:
-            queries = TaskQueries.compute(task)
+            queries = TaskQueries.compute(task, self.feedback_pairs)
             self._write(key, queries)
         self._memory[key] = queries
         while len(self._memory) > max(1, self.max_tasks_in_memory):
@@ -235,8 +242,8 @@ class EvidenceStore:
         if digest != sign(key, content):
             return None
         try:
-            count = len(planned_queries(len(task.train), len(task.test)))
-            return TaskQueries.from_arrays(task, unpack(content, count))
+            count = len(planned_queries(len(task.train), len(task.test), self.feedback_pairs))
+            return TaskQueries.from_arrays(task, unpack(content, count), self.feedback_pairs)
         except (ValueError, zlib.error):  # well signed, but nothing that `pack` makes of this task's evidence
             return None
 

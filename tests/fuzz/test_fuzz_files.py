@@ -187,7 +187,7 @@ def test_cached_evidence(
     path.parent.mkdir(parents=True)
     path.write_bytes(sign(key, content) + content)
     found = store.get(task)
-    for query in planned_queries(len(task.train), len(task.test)):
+    for query in planned_queries(len(task.train), len(task.test), 1):
         held_out, number, without = query
         evidence = found.test(number) if held_out < 0 else found.held_out(held_out, None if without < 0 else without)
         assert np.isfinite(evidence.weights()).all() and evidence.codes.max(initial=0) < 40
