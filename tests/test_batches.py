@@ -357,7 +357,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.fixture(scope="module")
 def run(small_build: SmallBuild) -> Run:
-    return small_build()
+    return small_build("--feedback_pairs", "2", "--refined_views", "2")
 
 
 def an_epoch(run: Run, epoch: int = 0) -> list[tuple[Episode, ...]]:
