@@ -38,7 +38,7 @@ from arc import recipes, sharding
 from arc.agent import AgentOutput, GridAgent, there_and_back, voted_grid
 from arc.batches import PredictionBatch, QueryBatch, context_pairs
 from arc.conflicts import conflicts, problems_of_all
-from arc.device import Precision, resolve_device, resolve_precision, spare_tokens, too_little_memory
+from arc.device import Precision, narrow_on_cpu, resolve_device, resolve_precision, spare_tokens, too_little_memory
 from arc.efe import EfeWeights, Pass, Weights
 from arc.episodes import EpisodeData, TrainBatch, epoch_order
 from arc.evidence import NUM_RULES, NUM_TABLES, EvidenceStore, NoEvidence
@@ -564,7 +564,7 @@ def build_run(
     folder. checkpoint: what will be restored; it says which data it was trained on, and which weights its adapter
     belongs to."""
     device, team = resolve_device(args.device), team or Team()
-    precision = resolve_precision("off" if 7 in args.ablate else args.amp, device)  # FIX 7
+    precision = resolve_precision("off" if 7 in args.ablate else args.amp, device, narrow_on_cpu(args))  # FIX 7
     torch.set_num_threads(args.threads or DEFAULT_THREADS)  # an earlier run in this notebook may have changed it
     chosen = choose_tasks(args, checkpoint.state["extra"]["data"] if checkpoint else None, log)
     predicted = [task for split in chosen.splits for task in split.tasks]

@@ -65,11 +65,13 @@ def device_name(device: torch.device) -> str:
     return f"cuda ({card.name}, {card.total_memory / 2**30:.0f} GiB)"
 
 
-def resolve_precision(choice: str, device: torch.device) -> Precision:
+def resolve_precision(choice: str, device: torch.device, narrow: bool = False) -> Precision:
     """The precision for --amp auto|bf16|fp16|off on `device`.
 
     auto: bf16 where the hardware computes it natively, else fp16 with a scaled loss on CUDA, else off. fp16 has a
-    narrow range (largest 65504), which is why its loss is scaled; bf16 has fp32's range and needs no scaling.
+    narrow range (largest 65504), which is why its loss is scaled; bf16 has fp32's range and needs no scaling. On a CPU
+    it is off for `narrow` layers too: torch makes code anew for a product in bf16 of each new shape, which takes ten
+    times as long as a narrow product, and batches come in all sizes.
     """
     if choice == "off":
         return Precision(None, False, "asked for")
@@ -82,6 +84,8 @@ def resolve_precision(choice: str, device: torch.device) -> Precision:
             return Precision(torch.bfloat16, False, "the GPU computes it natively")
         return Precision(torch.float16, True, "the GPU has no native bf16; loss scaled")
     if device.type == "cpu":
+        if narrow:
+            return Precision(None, False, "layers as narrow as these take less time in fp32")
         if cpu_has_native_bf16():
             return Precision(torch.bfloat16, False, "the processor computes it natively")
         return Precision(None, False, "the processor has no native bf16")
@@ -95,11 +99,19 @@ def spare_tokens(device: torch.device) -> int:
 
 
 class Sizes(Protocol):
-    """The flags on which the memory of a training step depends."""
+    """The flags on which time and memory of a training step depend."""
 
+    agent_width: int
+    qwen: str
     max_cells: int
     batch_size: int
     gradient_checkpointing: bool
+
+
+def narrow_on_cpu(args: Sizes) -> bool:
+    """Whether all layers on a CPU are narrow (`resolve_precision`): a step of agents of 128 takes 0.86 of the time in
+    fp32, of 256 1.15 (benchmarks/RESULTS.md)."""
+    return args.agent_width < 256 and args.qwen in ("auto", "tiny")
 
 
 def too_little_memory(args: Sizes) -> str:

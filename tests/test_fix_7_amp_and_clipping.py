@@ -12,6 +12,7 @@ import torch
 from conftest import SmallBuild, rows_of, train_batches, train_on
 from torch import Tensor, nn
 
+from arc.device import cpu_has_native_bf16, resolve_precision
 from arc.optim import window_size
 from trainloop_complete_with_fixes import Run
 
@@ -167,6 +168,16 @@ def test_zero_means_no_clipping_and_a_wide_limit_changes_nothing(small_build: Sm
 # --------------------------------------------------------------------------------------------------------------------
 # precision
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_bf16_is_for_wide_layers(small_build: SmallBuild) -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu, narrow=True).dtype is None
+    assert resolve_precision("bf16", cpu, narrow=True).dtype == torch.bfloat16
+    native = torch.bfloat16 if cpu_has_native_bf16() else None
+    assert resolve_precision("auto", cpu).dtype == native
+    assert small_build("--amp", "auto").precision.dtype is None
+    assert small_build("--amp", "auto", "--agent_width", "256").precision.dtype == native
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -273,7 +273,8 @@ def test_steps_without_a_policy_are_refused(small_run: SmallRun, tmp_path: Path)
 def test_the_benchmark_scores_every_method_and_counts_its_passes(
     small_run: SmallRun, small_flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert small_run(tmp_path / "run", "--max_batches", "3", "--val_limit", "1", *FAST).code == 0
+    flags = ("--max_batches", "3", "--val_limit", "1", "--feedback_pairs", "2", *FAST)
+    assert small_run(tmp_path / "run", *flags).code == 0
     cache = small_flags[small_flags.index("--cache_dir") + 1]
     capsys.readouterr()
     assert benchmark.main(["--run", str(tmp_path / "run"), "--cache_dir", cache]) == 0
