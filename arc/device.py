@@ -70,7 +70,7 @@ def resolve_precision(choice: str, device: torch.device, narrow: bool = False) -
 
     auto: bf16 where the hardware computes it natively, else fp16 with a scaled loss on CUDA, else off. fp16 has a
     narrow range (largest 65504), which is why its loss is scaled; bf16 has fp32's range and needs no scaling. On a CPU
-    it is off for `narrow` layers too: torch makes code anew for a product in bf16 of each new shape, which takes ten
+    it is off for `narrow` layers too: a product in bf16 is compiled for each new shape (by oneDNN), which takes ten
     times as long as a narrow product, and batches come in all sizes.
     """
     if choice == "off":

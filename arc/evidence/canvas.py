@@ -186,6 +186,16 @@ class Objects:
         """How many components each grid has; those of a grid follow each other."""
         return np.bincount(self.grid, minlength=self.labels.shape[0]).tolist()
 
+    @cached_property
+    def _best(self) -> dict[Callable[[Objects], np.ndarray], int]:
+        return {}
+
+    def best(self, key: Callable[[Objects], np.ndarray]) -> int:
+        """The first component with the largest key; there must be one."""
+        if key not in self._best:
+            self._best[key] = int(key(self).argmax())
+        return self._best[key]
+
     def best_boxes(self, key: Callable[[Objects], np.ndarray]) -> list[tuple[int, int] | None]:
         """For each grid the size of the box of the component with the largest key; None where there is no component, or
         two of different size share the largest key."""

@@ -51,7 +51,7 @@ def _object(kind: str, key: ObjectKey, alone: bool) -> Transform:
         objects: Objects = getattr(scene.canvas, kind)
         if objects.count == 0:
             return None
-        index = int(key(objects).argmax())
+        index = objects.best(key)
         area = objects.area(index)
         if not alone:
             return scene.grid[area]
@@ -240,7 +240,7 @@ def _single(pick: Callable[[Scene], int | None]) -> Transform:
 def _top_object_colour(kind: str, key: ObjectKey) -> Callable[[Scene], int | None]:
     def pick(scene: Scene) -> int | None:
         objects: Objects = getattr(scene.canvas, kind)
-        return int(objects.colour[key(objects).argmax()]) if objects.count else None
+        return int(objects.colour[objects.best(key)]) if objects.count else None
 
     return pick
 

@@ -190,7 +190,7 @@ class EvidenceStore:
     """Evidence by task: computed once, the latest `max_tasks_in_memory` kept in memory, all of them in `cache_dir`.
 
     A cache file is trusted only after its digest, then shapes and values, have been checked; else all is computed anew.
-    feedback_pairs: of a query; with others than so many it is computed each time that a task comes into memory.
+    feedback_pairs: so many of each query are planned (`planned_queries`); more are computed when asked for, not cached.
     """
 
     def __init__(self, cache_dir: Path | str | None, feedback_pairs: int = 1, max_tasks_in_memory: int = 2000):
