@@ -23,6 +23,8 @@ DRAWN: Mapping[str, Any] = {
     "qwen_lr": 1e-3,
     "context_text": "cells",
     "grid_focus": 0.0,
+    "feedback_pairs": 1,  # under --recipe gpu too
+    "refined_views": 1,
     "w_size": 0.5,
 }
 
