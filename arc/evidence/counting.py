@@ -123,11 +123,12 @@ class SourceCounts:
         cells, total = contexts.order[counted], int(contexts.width.sum())
         key = pair.take(cells) * total + (contexts.ordered + contexts.offset[:, None])[counted]
         starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
-        rows = key[starts]
+        rows, bounds = key[starts], np.append(starts, len(key))
         seen, sums = np.zeros(n * total, np.int16), np.zeros((n * total, words.shape[1]), np.int64)
-        seen[rows] = np.diff(starts, append=len(key))
+        seen[rows] = np.diff(bounds)
         for part in range(0, len(starts), 512):  # few enough to stay in the processor's cache
-            begin, end = starts[part : part + 512], [*starts[part + 512 : part + 513], len(key)][0]
+            begin = starts[part : part + 512]
+            end = bounds[part + len(begin)]
             sums[rows[part : part + 512]] = np.add.reduceat(words[cells[begin[0] : end]], begin - begin[0], axis=0)
         return seen.reshape(n, total), sums.reshape(n, total, -1)
 

@@ -90,12 +90,10 @@ def _changed(change: str) -> Callable[[OutputCells], np.ndarray | None]:
     """The whole input after a change that keeps its shape, where that is the output's size."""
 
     def source(cells: OutputCells) -> np.ndarray | None:
-        kept = [cells.canvas.grids[grid].shape == (height, width) for grid, height, width in cells.items]
-        results = [
-            cells.programs.result(grid, "all", change) if same else None
-            for (grid, _, _), same in zip(cells.items, kept, strict=True)
-        ]
-        return _placed(cells, results)
+        grids, result = cells.canvas.grids, cells.programs.result
+        return _placed(
+            cells, [result(grid, "all", change) if grids[grid].shape == (h, w) else None for grid, h, w in cells.items]
+        )
 
     return source
 
