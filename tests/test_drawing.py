@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from arc.evidence.changes import CHANGES, SAME_SHAPE
 from arc.evidence.drawing import DRAWINGS
+from arc.evidence.programs import colour_map
 from arc.evidence.scene import Scene
 from arc.tasks import Grid
 
@@ -42,6 +43,9 @@ def test_a_change_gives_a_grid_or_nothing_and_leaves_its_input(
         assert name not in SAME_SHAPE or result.shape == start.shape, name
         assert change.may(start.shape, result.shape), name
         assert change.adds_colours or np.isin(result, start).all(), name
+        if change.keeps is not None:  # what the search for programs judges it by, before it is run
+            kept = change.keeps(scene)
+            assert result.shape == start.shape and colour_map(start[kept], result[kept]) is not None, name
 
 
 EXAMPLES = [

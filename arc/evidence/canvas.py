@@ -305,20 +305,49 @@ def ranked_colours(counts: np.ndarray, ground: int) -> list[int]:
 
 
 class Canvas:
-    """The input grids of a task on one padded canvas (G, H, W); or one of them alone, `of` the canvas of all."""
+    """Grids of a task on one padded canvas (G, H, W); or one of them alone, `of` the canvas of all."""
 
     def __init__(self, grids: Sequence[np.ndarray], of: tuple[Canvas, int] | None = None):
+        """Everything about the grids is found when first asked for."""
         self.grids, self._of = list(grids), of
-        self.heights = np.array([g.shape[0] for g in grids])
-        self.widths = np.array([g.shape[1] for g in grids])
-        self.shape = (len(grids), int(self.heights.max()), int(self.widths.max()))
-        self.colour = np.full(self.shape, OUTSIDE, np.int64)
-        for index, grid in enumerate(grids):
-            self.colour[index, : grid.shape[0], : grid.shape[1]] = grid
-        self.inside = self.colour != OUTSIDE
-        self.counts = [np.bincount(g.reshape(-1), minlength=10) for g in grids]  # cells of each colour, (10,) a grid
-        self.background = np.array([background(counts) for counts in self.counts])
-        self.foreground = self.inside & (self.colour != self.background[:, None, None])
+
+    @cached_property
+    def heights(self) -> np.ndarray:
+        return np.array([g.shape[0] for g in self.grids])
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        return np.array([g.shape[1] for g in self.grids])
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.grids), int(self.heights.max()), int(self.widths.max())
+
+    @cached_property
+    def colour(self) -> np.ndarray:
+        """(G, H, W) int64, OUTSIDE beside a grid."""
+        colour = np.full(self.shape, OUTSIDE, np.int64)
+        for index, grid in enumerate(self.grids):
+            colour[index, : grid.shape[0], : grid.shape[1]] = grid
+        return colour
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        return self.colour != OUTSIDE
+
+    @cached_property
+    def counts(self) -> list[np.ndarray]:
+        """Cells of each colour, (10,) a grid."""
+        return [np.bincount(g.reshape(-1), minlength=10) for g in self.grids]
+
+    @cached_property
+    def background(self) -> np.ndarray:
+        """(G,)"""
+        return np.array([background(counts) for counts in self.counts])
+
+    @cached_property
+    def foreground(self) -> np.ndarray:
+        return self.inside & (self.colour != self.background[:, None, None])
 
     @cached_property
     def colours(self) -> list[list[int]]:

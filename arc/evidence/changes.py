@@ -12,7 +12,9 @@ from arc.evidence.drawing import DRAWINGS
 from arc.evidence.moves import drop, front, wall
 from arc.evidence.restore import MASKS, mirrored, repeated
 from arc.evidence.scene import (
+    Cells,
     Grid,
+    Keeping,
     Scene,
     Shape,
     Transform,
@@ -21,6 +23,8 @@ from arc.evidence.scene import (
     half_turn,
     inside,
     merge_runs,
+    over_background,
+    over_foreground,
 )
 
 
@@ -94,6 +98,7 @@ def _fall(axis: int, forward: bool) -> Transform:
 def _merged_with(*mirrors: Callable[[Grid], Grid]) -> Transform:
     """Background cells filled from mirror images of the grid."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         result = scene.grid
         for mirror in mirrors:
@@ -109,6 +114,7 @@ def _merged_with(*mirrors: Callable[[Grid], Grid]) -> Transform:
 def _box_mirrored(*mirrors: Callable[[Grid], Grid]) -> Transform:
     """The same inside the foreground's bounding box."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         if not scene.foreground.any():
             return None
@@ -128,6 +134,7 @@ def _box_mirrored(*mirrors: Callable[[Grid], Grid]) -> Transform:
 def _keep_objects(kind: str, keep: Callable[[Objects], np.ndarray]) -> Transform:
     """Only the objects for which `keep` holds stay."""
 
+    @over_foreground
     def change(scene: Scene) -> Grid | None:
         objects: Objects = getattr(scene.canvas, kind)
         if not objects.count:
@@ -146,6 +153,7 @@ def _best(key: Callable[[Objects], np.ndarray]) -> Callable[[Objects], np.ndarra
 
 
 def _keep_colour(rank: int) -> Transform:
+    @over_foreground
     def change(scene: Scene) -> Grid | None:
         if len(scene.colours) < 2:
             return None
@@ -155,6 +163,7 @@ def _keep_colour(rank: int) -> Transform:
 
 
 def _drop_colour(rank: int) -> Transform:
+    @over_foreground
     def change(scene: Scene) -> Grid | None:
         if len(scene.colours) < 2:
             return None
@@ -166,6 +175,7 @@ def _drop_colour(rank: int) -> Transform:
 def _joined(*lines_of_sight: Step) -> Transform:
     """Background between two cells of one colour that see each other along a line takes their colour."""
 
+    @over_background
     def change(scene: Scene) -> Grid:
         result = scene.grid.copy()
         for step in lines_of_sight:
@@ -176,6 +186,7 @@ def _joined(*lines_of_sight: Step) -> Transform:
     return change
 
 
+@over_background
 def _joined_far(scene: Scene) -> Grid:
     """Background between the first and the last cell of a colour in a row or column takes that colour."""
     result = scene.grid.copy()
@@ -191,6 +202,7 @@ def _joined_far(scene: Scene) -> Grid:
 def _extended(*steps: Step) -> Transform:
     """Every foreground cell drawn on, straight, until the next foreground cell or the border."""
 
+    @over_background
     def change(scene: Scene) -> Grid:
         result = scene.grid.copy()
         for dr, dc in steps:
@@ -201,6 +213,7 @@ def _extended(*steps: Step) -> Transform:
     return change
 
 
+@over_background
 def _filled(scene: Scene) -> Grid | None:
     """Enclosed background takes the colour around it."""
     regions = scene.canvas.regions
@@ -211,6 +224,7 @@ def _filled(scene: Scene) -> Grid | None:
     return np.where(regions.paint(inner.astype(np.int64), 0)[0] == 1, plane, scene.grid).astype(np.uint8)
 
 
+@over_background
 def _box_filled(scene: Scene) -> Grid | None:
     """Every object's bounding box filled with its colour."""
     shapes = scene.canvas.shapes
@@ -282,6 +296,7 @@ def _line_majority(scene: Scene) -> Grid | None:
 def _outlined(diagonal: bool) -> Transform:
     """Background next to foreground takes its colour (of several: the upper, left, right, lower, then diagonal one)."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         padded = np.pad(np.where(scene.foreground, scene.grid, scene.background), 1, constant_values=scene.background)
         height, width = scene.grid.shape
@@ -298,6 +313,7 @@ def _outlined(diagonal: bool) -> Transform:
 def _shapes_by(key: Callable[[Objects], np.ndarray]) -> Transform:
     """Every object painted with a small number (1, 2, 3, ...) that tells its rank; colours come from the colour map."""
 
+    @over_foreground
     def change(scene: Scene) -> Grid | None:
         shapes = scene.canvas.shapes
         if shapes.count < 2:
@@ -366,6 +382,11 @@ class Change:
     may: Reach
     on_parts: bool = True
     adds_colours: bool = False
+
+    @property
+    def keeps(self) -> Cells | None:
+        """Which cells come out as they were, if the change says so (`Keeping`)."""
+        return self.apply.cells if isinstance(self.apply, Keeping) else None
 
 
 def _turn_left(grid: Grid) -> Grid:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from arc.evidence.canvas import Objects
-from arc.evidence.changes import CHANGES
 from arc.evidence.restore import MASKS, hidden_patch, mirrored, repeated
 from arc.evidence.scene import Grid, Scene, Transform, crop, inside, merge_runs, once, spans
 
@@ -208,27 +208,6 @@ def _colour_bars(scene: Scene) -> Grid | None:
     return bars
 
 
-def _scene_after(change: Transform) -> Callable[[Scene], Scene | None]:
-    """The changed grid, with the facts that cuts of it ask for."""
-
-    @once
-    def changed(scene: Scene) -> Scene | None:
-        grid = change(scene)
-        return None if grid is None else Scene(grid)
-
-    return changed
-
-
-def _after(changed: Callable[[Scene], Scene | None], cut: Transform) -> Transform:
-    """A cut of the changed grid."""
-
-    def both(scene: Scene) -> Grid | None:
-        inner = changed(scene)
-        return None if inner is None else cut(inner)
-
-    return both
-
-
 def _single(pick: Callable[[Scene], int | None]) -> Transform:
     def cut(scene: Scene) -> Grid | None:
         colour = pick(scene)
@@ -290,7 +269,16 @@ _PLAIN: dict[str, Transform] = {
 }
 
 
-def _cuts() -> dict[str, Transform]:
+@dataclass(frozen=True)
+class Cut:
+    """A part of the grid, or of what the change `first` makes of it ("" for none)."""
+
+    apply: Transform
+    first: str = ""
+
+
+def _plain_cuts() -> dict[str, Transform]:
+    """Cuts of the grid as it is, but for what restoring it and one cell of a colour give."""
     cuts = dict(_PLAIN)
     for rank in (0, 1, 2, -1):
         cuts[f"colour_{rank}_box"] = _colour_box(rank)
@@ -302,16 +290,21 @@ def _cuts() -> dict[str, Transform]:
             cuts[f"{kind}_{name}"] = _object(kind, key, alone=False)
             if kind == "shapes":
                 cuts[f"{kind}_{name}_alone"] = _object(kind, key, alone=True)
-    for first in ("without_dots", "drop_colour_-1", "drop_colour_0"):
-        changed = _scene_after(CHANGES[first].apply)
-        for then in ("foreground_box", "shapes_largest", "clusters_largest"):
-            cuts[f"{first}_{then}"] = _after(changed, cuts[then])
-    for name, mask in MASKS.items():
-        cuts[f"repeated_patch_{name}"] = hidden_patch(repeated, mask)
-        cuts[f"mirrored_patch_{name}"] = hidden_patch(mirrored, mask)
-    for name in ("largest", "smallest", "odd_one", "common_one", "symmetric", "asymmetric", "emptiest"):
-        cuts[f"colour_of_{name}"] = _single(_top_object_colour("shapes", OBJECT_KEYS[name]))
     return cuts
 
 
-CUTS: dict[str, Transform] = _cuts()
+def _cuts() -> dict[str, Cut]:
+    plain = _plain_cuts()
+    cuts = {name: Cut(cut) for name, cut in plain.items()}
+    for first in ("without_dots", "drop_colour_-1", "drop_colour_0"):
+        for then in ("foreground_box", "shapes_largest", "clusters_largest"):
+            cuts[f"{first}_{then}"] = Cut(plain[then], first)
+    for name, mask in MASKS.items():
+        cuts[f"repeated_patch_{name}"] = Cut(hidden_patch(repeated, mask))
+        cuts[f"mirrored_patch_{name}"] = Cut(hidden_patch(mirrored, mask))
+    for name in ("largest", "smallest", "odd_one", "common_one", "symmetric", "asymmetric", "emptiest"):
+        cuts[f"colour_of_{name}"] = Cut(_single(_top_object_colour("shapes", OBJECT_KEYS[name])))
+    return cuts
+
+
+CUTS: dict[str, Cut] = _cuts()

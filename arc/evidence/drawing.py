@@ -8,7 +8,18 @@ import numpy as np
 
 from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, region_rim, shifted
 from arc.evidence.moves import draw_moved, drop, front, moved, shape_masks, slide, wall
-from arc.evidence.scene import Grid, Scene, Transform, flip_cols, flip_rows, half_turn, once, spans
+from arc.evidence.scene import (
+    Grid,
+    Scene,
+    Transform,
+    flip_cols,
+    flip_rows,
+    half_turn,
+    once,
+    over_background,
+    over_foreground,
+    spans,
+)
 
 Mask = np.ndarray
 Place = tuple[np.ndarray, np.ndarray]  # rows and columns
@@ -58,17 +69,18 @@ CHOICES: dict[str, Choice] = {
 # Rays and lines
 # ----------------------------------------------------------------------------------------------------------------
 def _met(choice: Choice, through: bool) -> Callable[[Scene], dict[Step, np.ndarray] | None]:
-    """The colour of the first chosen cell met in each direction of STAR, behind no other foreground cell (unless
-    `through`); NOTHING or BLOCKED elsewhere: uint8."""
+    """The colour of the first chosen cell met in each direction of STAR, BLOCKED behind another foreground cell,
+    NOTHING where there is none: uint8; with `through` in those of CROSS, whatever else lies before it."""
 
     @once
     def met(scene: Scene) -> dict[Step, np.ndarray] | None:
         chosen = choice(scene)
         if chosen is None:
             return None
-        empty = np.uint8(NOTHING) if through else np.where(scene.foreground, np.uint8(BLOCKED), np.uint8(NOTHING))
-        colours, _ = look(np.where(chosen, scene.grid, empty), NOTHING, STAR)
-        return dict(zip(STAR, colours, strict=True))
+        if not through:
+            return scene.met(np.where(chosen, scene.grid, np.uint8(BLOCKED)), NOTHING)
+        colours, _ = look(np.where(chosen, scene.grid, np.uint8(NOTHING)), NOTHING, CROSS)
+        return dict(zip(CROSS, colours, strict=True))
 
     return met
 
@@ -76,6 +88,7 @@ def _met(choice: Choice, through: bool) -> Callable[[Scene], dict[Step, np.ndarr
 def rays(met: Callable[[Scene], dict[Step, np.ndarray] | None], steps: tuple[Step, ...]) -> Transform:
     """Chosen cells drawn on, straight, over the background, as far as they are met (`_met`)."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         origins = met(scene)
         if origins is None:
@@ -92,6 +105,7 @@ def rays(met: Callable[[Scene], dict[Step, np.ndarray] | None], steps: tuple[Ste
 def grown(choice: Choice, steps: tuple[Step, ...]) -> Transform:
     """The background next to chosen cells takes their colour."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         chosen = choice(scene)
         if chosen is None:
@@ -109,13 +123,12 @@ def grown(choice: Choice, steps: tuple[Step, ...]) -> Transform:
 def linked_to(choice: Choice) -> Transform:
     """Background between a chosen cell and another foreground cell that see each other takes the latter's colour."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         chosen = choice(scene)
         if chosen is None:
             return None
-        others = np.where(scene.foreground, scene.grid, np.uint8(NOTHING))
-        colours, _ = look(np.where(chosen, np.uint8(BLOCKED), others), NOTHING, CROSS)
-        met = dict(zip(CROSS, colours, strict=True))
+        met = scene.met(np.where(chosen, np.uint8(BLOCKED), scene.grid), NOTHING)
         result = scene.grid.copy()
         for dr, dc in CROSS:
             colour, anchor = met[-dr, -dc], met[dr, dc]
@@ -128,6 +141,7 @@ def linked_to(choice: Choice) -> Transform:
 def elbow(rows_first: bool) -> Transform:
     """From the upper of two dots to the other, along a row and a column, in a colour that the grid does not have."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         row, col = np.nonzero(scene.foreground)
         if len(row) != 2:
@@ -169,39 +183,51 @@ def _pivot_of_lines(scene: Scene) -> tuple[int, int] | None:
     return (rows[0] + rows[-1] if rows else height - 1), (cols[0] + cols[-1] if cols else width - 1)
 
 
-def _images(row: np.ndarray, col: np.ndarray, pivot: tuple[int, int], turns: bool) -> list[Place]:
-    """Where cells go in the mirror images (with `turns` in all eight orientations) about a pivot."""
+def _mirrored(row: np.ndarray, col: np.ndarray, pivot: tuple[int, int]) -> list[Place]:
+    """Where cells go in the three mirror images about a pivot."""
+    p, q = pivot
+    return [(p - row, col), (row, q - col), (p - row, q - col)]
+
+
+def _turned(row: np.ndarray, col: np.ndarray, pivot: tuple[int, int]) -> list[Place]:
+    """Where they go in the four other orientations; none if these do not map cells onto cells."""
     (p, q), half = pivot, (pivot[0] - pivot[1]) // 2
-    images = [(p - row, col), (row, q - col), (p - row, q - col)]
-    if turns and (p - q) % 2 == 0:
-        swapped = [(col + half, row - half), (p - col - half, row - half), (col + half, q - row + half)]
-        images = [*images, *swapped, (p - col - half, q - row + half)]
-    return images
+    row, col = col + half, row - half
+    return [] if (p - q) % 2 else [(row, col), *_mirrored(row, col, pivot)]
 
 
-def symmetric(pivot_of: Callable[[Scene], tuple[int, int] | None], turns: bool) -> Transform:
-    """The foreground's mirror images about a pivot drawn onto the background."""
+def _images(scene: Scene, start: Grid, places: Callable[..., list[Place]], pivot: tuple[int, int]) -> Grid:
+    """The foreground drawn at other `places` too, onto what is background in `start`."""
+    height, width = scene.grid.shape
+    row, col = np.nonzero(scene.foreground)
+    result = start.copy()
+    for r, c in places(row, col, pivot):
+        inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+        r, c, colour = r[inside], c[inside], scene.grid[row[inside], col[inside]]
+        free = result[r, c] == scene.background
+        result[r[free], c[free]] = colour[free]
+    return result
 
-    def change(scene: Scene) -> Grid | None:
+
+def symmetric(pivot_of: Callable[[Scene], tuple[int, int] | None]) -> tuple[Transform, Transform]:
+    """The foreground's mirror images about a pivot drawn onto the background; and its images in all orientations."""
+
+    @once
+    def mirrored(scene: Scene) -> Grid | None:
         pivot = pivot_of(scene)
-        if pivot is None:
-            return None
-        height, width = scene.grid.shape
-        row, col = np.nonzero(scene.foreground)
-        result = scene.grid.copy()
-        for r, c in _images(row, col, pivot, turns):
-            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            r, c, colour = r[inside], c[inside], scene.grid[row[inside], col[inside]]
-            free = result[r, c] == scene.background
-            result[r[free], c[free]] = colour[free]
-        return result
+        return None if pivot is None else _images(scene, scene.grid, _mirrored, pivot)
 
-    return change
+    def turned(scene: Scene) -> Grid | None:
+        pivot, start = pivot_of(scene), mirrored(scene)
+        return None if pivot is None or start is None else _images(scene, start, _turned, pivot)
+
+    return over_background(mirrored), over_background(turned)
 
 
 def clusters_symmetric(*mirrors: Callable[[Grid], Grid]) -> Transform:
     """Every cluster merged with mirror images of itself inside its own box."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         clusters = scene.canvas.clusters
         if not 0 < clusters.count <= 30:
@@ -297,6 +323,7 @@ def dots_to_own_colour(scene: Scene) -> Grid | None:
 # ----------------------------------------------------------------------------------------------------------------
 # Filling, thinning, cleaning
 # ----------------------------------------------------------------------------------------------------------------
+@over_background
 def colour_boxes(scene: Scene) -> Grid | None:
     """The box around all cells of a colour filled with it, where the background is; larger boxes first."""
     if not scene.colours:
@@ -313,6 +340,7 @@ def colour_boxes(scene: Scene) -> Grid | None:
     return result
 
 
+@over_foreground
 def hollowed(scene: Scene) -> Grid | None:
     """Cells whose four neighbours all have their colour are emptied."""
     grid = np.pad(scene.grid.astype(np.int64), 1, constant_values=10)
@@ -341,6 +369,7 @@ def absorbed(limit: int) -> Transform:
 def erased(rank: int) -> Transform:
     """The colour of a rank taken away: its cells take the commonest other colour around them, from the outside in."""
 
+    @over_foreground
     def change(scene: Scene) -> Grid | None:
         if len(scene.colours) < 2:
             return None
@@ -349,9 +378,12 @@ def erased(rank: int) -> Transform:
             hidden = result == NOTHING
             if not hidden.any():
                 return result
-            near = np.stack([shifted(result, -dr, -dc, NOTHING) for dr, dc in STAR])
-            counts = np.stack([(near == colour).sum(0) for colour in range(10)])
-            result = np.where(hidden & (counts.max(0) > 0), counts.argmax(0).astype(np.uint8), result)
+            counts = np.zeros((int(hidden.sum()), 10), np.int8)
+            for dr, dc in STAR:
+                near = shifted(result, -dr, -dc, NOTHING)[hidden]
+                known = np.flatnonzero(near != NOTHING)
+                counts[known, near[known]] += 1
+            result[hidden] = np.where(counts.any(1), counts.argmax(1), NOTHING)
         return None
 
     return change
@@ -360,6 +392,7 @@ def erased(rank: int) -> Transform:
 def flooded(rank: int) -> Transform:
     """Background regions inside walls of the colour of a rank take the one other colour they touch."""
 
+    @over_background
     def change(scene: Scene) -> Grid | None:
         if len(scene.colours) < 2:
             return None
@@ -377,6 +410,7 @@ def flooded(rank: int) -> Transform:
     return change
 
 
+@over_background
 def ringed(scene: Scene) -> Grid | None:
     """A ring in the object's colour around every object's box."""
     shapes = scene.canvas.shapes
@@ -393,19 +427,20 @@ def ringed(scene: Scene) -> Grid | None:
     return result
 
 
+@over_background
 def continued(scene: Scene) -> Grid | None:
     """The pattern of foreground cells carried on over the background by the shortest shift that maps it onto itself."""
-    grid, seen = scene.grid, int(scene.foreground.sum())
-    height, width = grid.shape
+    grid, foreground = scene.grid, scene.foreground
+    seen, (height, width) = np.count_nonzero(foreground), grid.shape
     for step in range(1, min(16, max(height, width))):
         for dr, dc in ((0, step), (step, 0), (step, step), (step, -step)):
             if dr >= height or abs(dc) >= width:
                 continue
-            here = grid[: height - dr, max(0, -dc) : width - max(0, dc)]
-            there = grid[dr:, max(0, dc) : width - max(0, -dc)]
-            both = (here != scene.background) & (there != scene.background)
-            matched = int(both.sum())
-            if 4 * matched >= seen and matched > 1 and (here[both] == there[both]).all():
+            here = slice(height - dr), slice(max(0, -dc), width - max(0, dc))
+            there = slice(dr, height), slice(max(0, dc), width - max(0, -dc))
+            both = foreground[here] & foreground[there]
+            matched = np.count_nonzero(both)
+            if 4 * matched >= seen and matched > 1 and (grid[here][both] == grid[there][both]).all():
                 return _carried(scene, dr, dc)
     return None
 
@@ -512,6 +547,7 @@ def _rolled(dr: int, dc: int) -> Transform:
 
 
 def _drawings() -> dict[str, Transform]:
+    mirrored_at_lines, turned_at_lines = symmetric(_pivot_of_lines)
     drawings: dict[str, Transform] = {
         "colour_boxes": colour_boxes,
         "hollowed": hollowed,
@@ -524,8 +560,8 @@ def _drawings() -> dict[str, Transform]:
         "panel_fullest": panels_kept(_fullest, False),
         "panel_fullest_filled": panels_kept(_fullest, True),
         "panel_emptiest": panels_kept(_emptiest, False),
-        "symmetric_lines": symmetric(_pivot_of_lines, False),
-        "symmetric_lines_turned": symmetric(_pivot_of_lines, True),
+        "symmetric_lines": mirrored_at_lines,
+        "symmetric_lines_turned": turned_at_lines,
         "dots_to_own_colour": dots_to_own_colour,
         "clusters_mirrors": clusters_symmetric(flip_cols, flip_rows, half_turn),
         "elbow_rows_first": elbow(True),
@@ -542,8 +578,7 @@ def _drawings() -> dict[str, Transform]:
         drawings[f"lines_{name}"] = rays(_met(CHOICES[name], through=True), CROSS)
         drawings[f"grown_{name}"] = grown(CHOICES[name], STAR)
     for name in ("rare", "top", "largest"):
-        drawings[f"symmetric_{name}"] = symmetric(_pivot_of(CHOICES[name]), False)
-        drawings[f"symmetric_{name}_turned"] = symmetric(_pivot_of(CHOICES[name]), True)
+        drawings[f"symmetric_{name}"], drawings[f"symmetric_{name}_turned"] = symmetric(_pivot_of(CHOICES[name]))
         drawings[f"moved_to_{name}"] = moved_to(CHOICES[name])
         drawings[f"linked_to_{name}"] = linked_to(CHOICES[name])
     for rank in (0, -1):

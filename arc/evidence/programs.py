@@ -7,6 +7,7 @@ out: a program serves a query if it fits every *usable* demonstration with colou
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from arc.evidence.canvas import Canvas
-from arc.evidence.changes import CHANGES, Reach
+from arc.evidence.changes import CHANGES, Change, Reach
 from arc.evidence.cuts import CUTS
-from arc.evidence.scene import Grid, Scene, Shape
+from arc.evidence.scene import Cells, Grid, Scene, Shape
 
 MAX_LEFT_OUT = 3  # at most so many demonstrations are ever left out: a query, its feedback pair, the one being judged
 UNKNOWN, UNFIT = -1, -2
+_UNCHANGED = Change(lambda scene: scene.grid, operator.eq)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +67,36 @@ class ProgramSearch:
         self._map = np.array(maps, np.int64).reshape(-1, self.n, 10)  # (P, n, 10)
         self._choices: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
 
-    def _scene(self, grid: Grid, canvas: Canvas | None = None) -> Scene:
-        """One scene for all equal grids, so that equal cuts are changed once."""
-        key = (grid.shape, grid.tobytes())
-        if key not in self._scenes:
-            self._scenes[key] = Scene(np.ascontiguousarray(grid), canvas)
-            self._results[key] = self._scenes[key].grid
-        return self._scenes[key]
+    def _scenes_of(self, grids: Sequence[Grid | None], whole: Canvas | None = None) -> tuple[Scene | None, ...]:
+        """One scene for all equal grids, so that equal cuts are changed once. whole: the canvas of the grids, if there
+        is one; else those that are new share one."""
+        scenes: list[Scene | None] = []
+        shared = whole or Canvas([])
+        for index, grid in enumerate(grids):
+            if grid is None:
+                scenes.append(None)
+                continue
+            key = (grid.shape, grid.tobytes())
+            scene = self._scenes.get(key)
+            if scene is None:
+                scene = Scene(np.ascontiguousarray(grid), shared, index if whole else len(shared.grids))
+                if not whole:
+                    shared.grids.append(scene.grid)
+                self._scenes[key], self._results[key] = scene, scene.grid
+            scenes.append(scene)
+        return tuple(scenes)
 
     def _cut_all(self) -> dict[str, tuple[Scene | None, ...]]:
         """Every cut of every grid; a cut whose results all equal an earlier cut's is left out."""
-        distinct: dict[tuple[int, ...], str] = {}
+        distinct: dict[tuple[Scene | None, ...], str] = {}
         cuts: dict[str, tuple[Scene | None, ...]] = {}
-        inputs = [self._scene(grid, self._canvas.alone(index)) for index, grid in enumerate(self._canvas.grids)]
+        grids = {"": self._scenes_of(self._canvas.grids, self._canvas)}  # by what was changed first
         for name, cut in CUTS.items():
-            grids = [_legal(cut(scene)) for scene in inputs]
-            scenes = tuple(None if grid is None else self._scene(grid) for grid in grids)
-            self._same_as[name] = distinct.setdefault(tuple(id(scene) for scene in scenes), name)
+            if cut.first not in grids:
+                grids[cut.first] = self._scenes_of([self._result(scene, cut.first) for scene in grids[""]])
+            parts = [None if scene is None else _legal(cut.apply(scene)) for scene in grids[cut.first]]
+            scenes = self._scenes_of(parts)
+            self._same_as[name] = distinct.setdefault(scenes, name)
             if self._same_as[name] == name:
                 cuts[name] = scenes
         return cuts
@@ -106,33 +121,29 @@ class ProgramSearch:
     def _search(self) -> list[Program]:
         """Programs by order of declaration; where shapes and colours alone rule one out it is not run."""
         programs: list[Program] = []
-        cuts = {adds_colours: self._alike(adds_colours) for adds_colours in (False, True)}
-        possible: dict[tuple[Reach, bool], dict[str, list[bool]]] = {}  # most changes share one of few rules of shapes
-        for change in ("", *CHANGES):
-            rule = (CHANGES[change].may, CHANGES[change].adds_colours) if change else (operator.eq, False)
-            if rule not in possible:
-                possible[rule] = self._possible(cuts[rule[1]], rule[0])
-            on_parts = not change or CHANGES[change].on_parts
-            for cut, fitting in possible[rule].items():
-                maps = self._fits(cut, change, fitting) if on_parts or cut == "all" else None
+        alike = functools.cache(self._alike)
+        possible = functools.cache(lambda may, *kind: self._possible(alike(*kind), may))  # most share one of few rules
+        for name, change in {"": _UNCHANGED, **CHANGES}.items():
+            for cut, fitting in possible(change.may, change.adds_colours, change.keeps).items():
+                maps = self._fits(cut, name, fitting) if change.on_parts or cut == "all" else None
                 if maps is not None:
-                    programs.append(Program(cut, change, maps))
+                    programs.append(Program(cut, name, maps))
         return programs
 
-    def _alike(self, adds_colours: bool) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
+    def _alike(self, adds_colours: bool, keeps: Cells | None) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
         """Cuts, numbered by order of declaration, by the shapes they leave of the demonstrations.
 
         None stands for a cut that leaves nothing, or too few colours: a map makes no more of them, and a change only if
-        it `adds_colours`.
+        it `adds_colours`. So it does where the cells that a change `keeps` differ from the output by no map of colours.
         """
         groups: dict[tuple[Shape | None, ...], list[tuple[int, str]]] = {}
         variety = [0 if adds_colours else len(np.unique(output)) for output in self.outputs]
         for number, (name, scenes) in enumerate(self.cuts.items()):
-            rich = [
-                scene.grid.shape if scene is not None and scene.variety >= least else None
-                for scene, least in zip(scenes, variety, strict=False)
-            ]
-            groups.setdefault(tuple(rich), []).append((number, name))
+            shapes: list[Shape | None] = []
+            for scene, least, output in zip(scenes, variety, self.outputs, strict=False):
+                hopeless = scene is None or scene.variety < least or (keeps and not _agrees(scene, output, keeps))
+                shapes.append(None if scene is None or hopeless else scene.grid.shape)
+            groups.setdefault(tuple(shapes), []).append((number, name))
         return groups
 
     def _possible(
@@ -204,6 +215,14 @@ class ProgramSearch:
                 if len(found) == limit:
                     break
         return list(found.values())
+
+
+def _agrees(scene: Scene, output: Grid, cells: Cells) -> bool:
+    """Whether some of a grid's cells can become those of the output by one map of colours."""
+    if scene.grid.shape != output.shape:
+        return False
+    mask = cells(scene)
+    return colour_map(scene.grid[mask], output[mask]) is not None
 
 
 def _legal(grid: Grid | None) -> Grid | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -14,14 +15,16 @@ Grid = np.ndarray
 Shape = tuple[int, int]
 T = TypeVar("T")
 Transform = Callable[["Scene"], "Grid | None"]  # None: does not apply
+Cells = Callable[["Scene"], np.ndarray]  # a mask over the grid
 
 
 class Scene:
     """A grid with the facts transforms ask for, each computed when first needed."""
 
-    def __init__(self, grid: Grid, canvas: Canvas | None = None):
-        """`canvas`: that of the grid, where there is one already."""
-        self.grid, self._canvas = grid, canvas
+    def __init__(self, grid: Grid, whole: Canvas | None = None, index: int = 0):
+        """whole: a canvas that has the grid, as number `index`, beside others of the task: what they are made of is
+        found in all of them at once."""
+        self.grid, self._whole, self._index = grid, whole, index
         self._facts: dict[Hashable, Any] = {}
 
     def remember(self, name: Hashable, find: Callable[[], T]) -> T:
@@ -54,13 +57,25 @@ class Scene:
 
     @cached_property
     def canvas(self) -> Canvas:
-        return self._canvas or Canvas([self.grid])
+        return Canvas([self.grid]) if self._whole is None else self._whole.alone(self._index)
+
+    @cached_property
+    def _met(self) -> np.ndarray:
+        """Flat index of the first foreground cell in each direction of STAR, one too large where there is none."""
+        size = self.grid.size
+        cells = np.where(self.foreground, np.arange(size, dtype=np.int16).reshape(self.grid.shape), np.int16(size))
+        return look(cells, size, STAR)[0]
+
+    def met(self, values: np.ndarray, nothing: int) -> dict[Step, np.ndarray]:
+        """From each cell, of the first foreground cell in each direction of STAR, its value (of a plane (H, W));
+        `nothing` where there is none."""
+        found = np.append(values.reshape(-1), values.dtype.type(nothing)).take(self._met)
+        return dict(zip(STAR, found, strict=True))
 
     @cached_property
     def rays(self) -> dict[Step, np.ndarray]:
         """Colour of the first foreground cell in each direction of STAR, OUTSIDE where there is none: uint8."""
-        met, _ = look(np.where(self.foreground, self.grid, np.uint8(OUTSIDE)), OUTSIDE, STAR)
-        return dict(zip(STAR, met, strict=True))
+        return self.met(self.grid, OUTSIDE)
 
     @cached_property
     def between(self) -> dict[Step, np.ndarray]:
@@ -102,6 +117,35 @@ class Scene:
         if width >= height and width % 2 == 0:
             return np.split(self.grid, 2, axis=1)
         return np.split(self.grid, 2, axis=0) if height % 2 == 0 else []
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A transform that keeps the grid's shape, and in some cells turns each colour into one colour (mostly itself)."""
+
+    change: Transform
+    cells: Cells
+
+    def __call__(self, scene: Scene) -> Grid | None:
+        return self.change(scene)
+
+
+def _foreground(scene: Scene) -> np.ndarray:
+    return scene.foreground
+
+
+def _background(scene: Scene) -> np.ndarray:
+    return ~scene.foreground
+
+
+def over_background(change: Transform) -> Keeping:
+    """A transform that leaves the foreground as it is."""
+    return Keeping(change, _foreground)
+
+
+def over_foreground(change: Transform) -> Keeping:
+    """A transform that draws nothing on the background."""
+    return Keeping(change, _background)
 
 
 def once(fact: Callable[[Scene], T]) -> Callable[[Scene], T]:
