@@ -158,19 +158,20 @@ class Objects:
         """How many components of the same grid have the same shape in some orientation, itself included."""
         return self.twins(self.shape_any)
 
-    @cached_property
-    def areas(self) -> list[tuple[slice, slice]]:
-        """Rows and columns of each component's bounding box, inside its grid."""
-        bounds = (self.top, self.bottom + 1, self.left, self.right + 1)
-        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(*(bound.tolist() for bound in bounds), strict=True)]
-
     def area(self, index: int) -> tuple[slice, slice]:
         """Rows and columns of a component's bounding box, inside its grid."""
-        return self.areas[index]
+        if index not in self._areas:
+            top, bottom, left, right = (side.item(index) for side in (self.top, self.bottom, self.left, self.right))
+            self._areas[index] = slice(top, bottom + 1), slice(left, right + 1)
+        return self._areas[index]
+
+    @cached_property
+    def _areas(self) -> dict[int, tuple[slice, slice]]:
+        return {}
 
     def box(self, index: int) -> np.ndarray:
         """The part of the canvas inside a component's bounding box."""
-        return self.canvas[self.grid[index], *self.areas[index]]
+        return self.canvas[self.grid[index], *self.area(index)]
 
     @cached_property
     def symmetries(self) -> np.ndarray:
@@ -203,16 +204,23 @@ class Objects:
             self._best_boxes[key] = self._find_best_boxes(key(self))
         return self._best_boxes[key]
 
+    @cached_property
+    def _by_grid(self) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """The grids that have components, the first of each, and how many."""
+        per_grid = np.bincount(self.grid, minlength=self.labels.shape[0])
+        first = np.cumsum(per_grid) - per_grid
+        grids = np.flatnonzero(per_grid)
+        return grids.tolist(), first[grids], per_grid[grids]
+
     def _find_best_boxes(self, key: np.ndarray) -> list[tuple[int, int] | None]:
         boxes: list[tuple[int, int] | None] = [None] * self.labels.shape[0]
-        grids = np.flatnonzero(self.per_grid)
-        if len(grids):
-            first = np.searchsorted(self.grid, grids)
-            best = key == np.maximum.reduceat(key, first).repeat(np.diff(first, append=self.count))
+        grids, first, counts = self._by_grid
+        if grids:
+            best = key == np.maximum.reduceat(key, first).repeat(counts)
             size = self.height * 32 + self.width
             least = np.minimum.reduceat(np.where(best, size, 2**15), first).tolist()
             most = np.maximum.reduceat(np.where(best, size, 0), first).tolist()
-            for grid, low, high in zip(grids.tolist(), least, most, strict=True):
+            for grid, low, high in zip(grids, least, most, strict=True):
                 boxes[grid] = divmod(low, 32) if low == high else None
         return boxes
 
@@ -269,6 +277,14 @@ class ObjectsOfGrid(Objects):
     @cached_property
     def shape_any(self) -> np.ndarray:
         return self._whole.shape_any[self._members]
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        return self._whole.rank[self._members]
+
+    @cached_property
+    def rank_up(self) -> np.ndarray:
+        return self._whole.rank_up[self._members]
 
     @cached_property
     def twin_count(self) -> np.ndarray:
@@ -379,6 +395,20 @@ class Canvas:
         return self._objects("regions", np.where(self.inside, self.colour, -1), 4)
 
     @cached_property
+    def region_rim(self) -> np.ndarray:
+        """Commonest colour among the cells that border each cell's region (ties: the smaller): (G, H, W)."""
+        if self._of is not None:
+            whole, index = self._of
+            return whole.region_rim[index : index + 1, : self.shape[1], : self.shape[2]]
+        regions = self.regions
+        own, rim = self.colour.reshape(-1)[regions.cells], np.zeros((regions.count, 11), np.int64)
+        for dr, dc in CROSS:
+            beyond = shifted(self.colour, dr, dc, OUTSIDE).reshape(-1)[regions.cells]
+            outward = (beyond != own) & (beyond != OUTSIDE)
+            np.add.at(rim, (regions.of[outward], beyond[outward]), 1)
+        return regions.paint(np.where(rim.any(1), rim.argmax(1), MISSING))
+
+    @cached_property
     def shapes(self) -> Objects:
         """8-connected objects of one colour, background excluded."""
         return self._objects("shapes", np.where(self.foreground, self.colour, -1), 8)
@@ -442,14 +472,3 @@ def look(values: np.ndarray, nothing: int, steps: tuple[Step, ...]) -> tuple[np.
     start = before - own + np.arange(0, seen.size, lines.size)[:, None]  # of the lines
     shape = (*values.shape[:-2], len(steps), height, width)
     return seen.take(start + latest).reshape(shape), (own + 1 - latest).reshape(shape)
-
-
-def region_rim(canvas: Canvas) -> np.ndarray:
-    """Commonest colour among the cells that border each cell's region (ties: the smaller)."""
-    x, regions = canvas.colour, canvas.regions
-    rim = np.zeros((regions.count, 11), np.int64)
-    for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-        beyond = shifted(x, dr, dc, OUTSIDE).reshape(-1)[regions.cells]
-        outward = (beyond != x.reshape(-1)[regions.cells]) & (beyond != OUTSIDE)
-        np.add.at(rim, (regions.of[outward], beyond[outward]), 1)
-    return regions.paint(np.where(rim.any(1), rim.argmax(1), MISSING))

@@ -30,22 +30,26 @@ class OutputCells:
         items: Sequence[Item],
         programs: ProgramSearch,
     ):
-        """programs: what whole-grid transforms make of the grids."""
+        """programs: what whole-grid transforms make of the grids. `slices` are the items' cells in the list, and
+        `of_input_size` the input grids and cells of those items that have the size of their input."""
         self.canvas, self.planes, self.items, self.programs = canvas, planes, list(items), programs
         areas = np.array([h * w for _, h, w in items])
-        self.starts = np.concatenate([[0], np.cumsum(areas)])
-        local = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], areas)
+        ends = np.cumsum(areas)
+        self.slices = [slice(end - area, end) for end, area in zip(ends.tolist(), areas.tolist(), strict=True)]
+        local = np.arange(ends[-1]) - np.repeat(ends - areas, areas)
         self.grid, self.h, self.w = (np.repeat([item[k] for item in items], areas) for k in range(3))
         self.r, self.c = local // self.w, local % self.w
         self.H, self.W = canvas.heights[self.grid], canvas.widths[self.grid]
+        self.of_input_size = [
+            (grid, cells)
+            for (grid, height, width), cells in zip(self.items, self.slices, strict=True)
+            if canvas.grids[grid].shape == (height, width)
+        ]
         self._anchors: dict[str, np.ndarray] = {}
         self._outside: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def slice(self, item: int) -> slice:
-        return slice(int(self.starts[item]), int(self.starts[item + 1]))
+        return len(self.grid)
 
     def anchor(self, name: str) -> np.ndarray:
         """Flat index into a plane for each output cell, one too large for "outside": (N,)."""

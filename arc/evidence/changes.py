@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.canvas import OUTSIDE, Objects, Step, region_rim
+from arc.evidence.canvas import OUTSIDE, Objects, Step
 from arc.evidence.drawing import DRAWINGS
 from arc.evidence.moves import drop, front, wall
 from arc.evidence.restore import MASKS, mirrored, repeated
@@ -18,6 +18,7 @@ from arc.evidence.scene import (
     Scene,
     Shape,
     Transform,
+    extent,
     flip_cols,
     flip_rows,
     half_turn,
@@ -116,10 +117,9 @@ def _box_mirrored(*mirrors: Callable[[Grid], Grid]) -> Transform:
 
     @over_background
     def change(scene: Scene) -> Grid | None:
-        if not scene.foreground.any():
+        area = extent(scene.foreground)
+        if area is None:
             return None
-        rows, cols = np.flatnonzero(scene.foreground.any(1)), np.flatnonzero(scene.foreground.any(0))
-        area = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
         box, result = scene.grid[area], scene.grid.copy()
         for mirror in mirrors:
             image = mirror(box)
@@ -189,13 +189,12 @@ def _joined(*lines_of_sight: Step) -> Transform:
 @over_background
 def _joined_far(scene: Scene) -> Grid:
     """Background between the first and the last cell of a colour in a row or column takes that colour."""
-    result = scene.grid.copy()
-    for colour in scene.colours:
-        mask = scene.grid == colour
-        for axis in (1, 0):
-            after = np.logical_or.accumulate(mask, axis)
-            before = np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
-            result[after & before & (result == scene.background)] = colour
+    colours = np.array(scene.colours, np.uint8)
+    masks, result = scene.grid == colours[:, None, None], scene.grid.copy()
+    after = [np.logical_or.accumulate(masks, axis) for axis in (1, 2)]
+    before = [np.flip(np.logical_or.accumulate(np.flip(masks, axis), axis), axis) for axis in (1, 2)]
+    for colour, between in zip(colours, (after[0] & before[0]) | (after[1] & before[1]), strict=True):
+        np.copyto(result, colour, where=between & (result == scene.background))
     return result
 
 
@@ -220,7 +219,7 @@ def _filled(scene: Scene) -> Grid | None:
     inner = (regions.colour == scene.background) & ~regions.touches
     if not inner.any():
         return None
-    plane = region_rim(scene.canvas)[0]
+    plane = scene.canvas.region_rim[0]
     return np.where(regions.paint(inner.astype(np.int64), 0)[0] == 1, plane, scene.grid).astype(np.uint8)
 
 
@@ -233,7 +232,7 @@ def _box_filled(scene: Scene) -> Grid | None:
     result = scene.grid.copy()
     colours = shapes.colour.tolist()
     for index in np.argsort(-shapes.size, kind="stable").tolist():
-        box = result[shapes.areas[index]]
+        box = result[shapes.area(index)]
         box[box == scene.background] = colours[index]
     return result
 
@@ -246,7 +245,7 @@ def _objects_mirrored(kind: str, mirror: Callable[[Grid], Grid]) -> Transform:
         if not objects.count:
             return None
         result = scene.grid.copy()
-        for area in objects.areas:
+        for area in map(objects.area, range(objects.count)):
             result[area] = mirror(scene.grid[area])
         return result
 
@@ -283,9 +282,10 @@ def _falling_objects(dr: int, dc: int) -> Transform:
 def _line_majority(scene: Scene) -> Grid | None:
     """Every row (or every column, whichever is purer) in its commonest colour."""
     best: tuple[int, Grid] | None = None
-    colours = np.arange(10)
     for view, turned in ((scene.grid, False), (scene.grid.T, True)):
-        counts = (view[:, :, None] == colours).sum(1)  # (lines, 10)
+        lines = len(view)
+        cells = np.arange(0, 10 * lines, 10)[:, None] + view  # by line and colour
+        counts = np.bincount(cells.reshape(-1), minlength=10 * lines).reshape(lines, 10)
         fit = int(counts.max(1).sum())
         if best is None or fit > best[0]:
             stripes = np.repeat(counts.argmax(1)[:, None], view.shape[1], 1).astype(np.uint8)
@@ -298,8 +298,9 @@ def _outlined(diagonal: bool) -> Transform:
 
     @over_background
     def change(scene: Scene) -> Grid | None:
-        padded = np.pad(np.where(scene.foreground, scene.grid, scene.background), 1, constant_values=scene.background)
         height, width = scene.grid.shape
+        padded = np.full((height + 2, width + 2), scene.background, np.uint8)
+        padded[1:-1, 1:-1] = scene.grid
         result = scene.grid.copy()
         steps = [(0, 1), (1, 0), (1, 2), (2, 1)] + ([(0, 0), (0, 2), (2, 0), (2, 2)] if diagonal else [])
         for r, c in steps:
@@ -390,11 +391,11 @@ class Change:
 
 
 def _turn_left(grid: Grid) -> Grid:
-    return np.rot90(grid)
+    return grid.T[::-1]
 
 
 def _turn_right(grid: Grid) -> Grid:
-    return np.rot90(grid, -1)
+    return grid[::-1].T
 
 
 _MIRRORS_AND_COPIES: dict[str, tuple[Callable[[Grid], Grid | None], Reach]] = {

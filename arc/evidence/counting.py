@@ -163,7 +163,7 @@ class Counts:
         if out not in self._lookups:
             self._lookups[out] = self._colours.codes(out), *self._sources.best(out)
         code, best, classes = self._lookups[out]
-        cells = self.cells.slice(item)
+        cells = self.cells.slices[item]
         contexts = self._sources.row[:, cells]
         values = self._sources.values
         value = values.reshape(-1).take(best.take(contexts) * values.shape[1] + np.arange(cells.start, cells.stop))

@@ -9,7 +9,7 @@ import numpy as np
 
 from arc.evidence.canvas import Objects
 from arc.evidence.restore import MASKS, hidden_patch, mirrored, repeated
-from arc.evidence.scene import Grid, Scene, Transform, crop, inside, merge_runs, once, spans
+from arc.evidence.scene import Grid, Scene, Transform, inside, merge_runs, spans
 
 ObjectKey = Callable[[Objects], np.ndarray]
 
@@ -61,11 +61,9 @@ def _object(kind: str, key: ObjectKey, alone: bool) -> Transform:
 
 
 def _colour_box(rank: int) -> Transform:
-    @once
     def cut(scene: Scene) -> Grid | None:
-        if not -len(scene.colours) <= rank < len(scene.colours):
-            return None
-        return crop(scene.grid, scene.grid == scene.colours[rank])
+        boxes = scene.colour_boxes
+        return scene.grid[boxes[rank]] if -len(boxes) <= rank < len(boxes) else None
 
     return cut
 
@@ -189,7 +187,7 @@ def _colour_list(vertical: bool, order: str) -> Transform:
         colours = scene.colours
         if order == "place":
             flat = (scene.grid if vertical else scene.grid.T).reshape(-1)
-            first = {c: int(np.flatnonzero(flat == c)[0]) for c in colours}
+            first = {c: int((flat == c).argmax()) for c in colours}
             colours = sorted(colours, key=lambda c: first[c])
         line = np.array([colours], np.uint8)
         return None if not colours else line.T if vertical else line

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, region_rim, shifted
+from arc.evidence.canvas import CROSS, DIAGONALS, DOWN, LEFT, RIGHT, STAR, UP, Objects, Step, look, shifted
 from arc.evidence.moves import draw_moved, drop, front, moved, shape_masks, slide, wall
 from arc.evidence.scene import (
     Grid,
     Scene,
     Transform,
+    extent,
     flip_cols,
     flip_rows,
     half_turn,
@@ -166,10 +167,8 @@ def _pivot_of(choice: Choice) -> Callable[[Scene], tuple[int, int] | None]:
 
     def pivot(scene: Scene) -> tuple[int, int] | None:
         chosen = choice(scene)
-        if chosen is None or not chosen.any():
-            return None
-        rows, cols = np.flatnonzero(chosen.any(1)), np.flatnonzero(chosen.any(0))
-        return int(rows[0] + rows[-1]), int(cols[0] + cols[-1])
+        box = None if chosen is None else extent(chosen)
+        return None if box is None else (box[0].start + box[0].stop - 1, box[1].start + box[1].stop - 1)
 
     return pivot
 
@@ -253,11 +252,12 @@ def moved_to(choice: Choice) -> Transform:
     def change(scene: Scene) -> Grid | None:
         anchor = choice(scene)
         shapes = scene.canvas.shapes
-        if anchor is None or not 1 < shapes.count <= 30:
+        box = None if anchor is None else extent(anchor)
+        if anchor is None or box is None or not 1 < shapes.count <= 30:
             return None
-        rows, cols = np.flatnonzero(anchor.any(1)), np.flatnonzero(anchor.any(0))
-        down = (shapes.bottom < rows[0]).astype(np.int64) - (shapes.top > rows[-1])
-        right = (shapes.right < cols[0]).astype(np.int64) - (shapes.left > cols[-1])
+        rows, cols = box
+        down = (shapes.bottom < rows.start).astype(np.int64) - (shapes.top >= rows.stop)
+        right = (shapes.right < cols.start).astype(np.int64) - (shapes.left >= cols.stop)
         masks, borders = shape_masks(scene), wall(scene)
         chosen = anchor.reshape(-1)[shapes.first].tolist()
         taken = sum(mask for mask, anchored in zip(masks, chosen, strict=True) if anchored)
@@ -328,15 +328,11 @@ def colour_boxes(scene: Scene) -> Grid | None:
     """The box around all cells of a colour filled with it, where the background is; larger boxes first."""
     if not scene.colours:
         return None
-    boxes = []
-    for colour in scene.colours:
-        rows = np.flatnonzero((scene.grid == colour).any(1))
-        cols = np.flatnonzero((scene.grid == colour).any(0))
-        boxes.append(((rows[-1] - rows[0] + 1) * (cols[-1] - cols[0] + 1), colour, rows, cols))
+    boxes = [scene.grid[area].size for area in scene.colour_boxes]
     result = scene.grid.copy()
-    for _, colour, rows, cols in sorted(boxes, key=lambda box: -box[0]):
-        area = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-        result[area] = np.where(scene.foreground[area], result[area], colour)
+    for index in sorted(range(len(boxes)), key=lambda index: -boxes[index]):
+        area = scene.colour_boxes[index]
+        result[area] = np.where(scene.foreground[area], result[area], scene.colours[index])
     return result
 
 
@@ -359,7 +355,7 @@ def absorbed(limit: int) -> Transform:
         small = regions.size <= limit
         if not small.any():
             return None
-        rim = region_rim(scene.canvas)[0]
+        rim = scene.canvas.region_rim[0]
         mask = (regions.paint(small.astype(np.int64), 0)[0] == 1) & (rim >= 0)
         return np.where(mask, rim, scene.grid).astype(np.uint8)
 

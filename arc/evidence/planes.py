@@ -6,7 +6,8 @@ planes they read (`tables.py`, `sources.py`). To add one, add a line to the fami
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from arc.evidence.canvas import (
     Step,
     combine,
     dense_rank,
-    region_rim,
 )
 
 Planes = dict[str, np.ndarray]
@@ -65,6 +65,27 @@ _ORIENTATIONS: tuple[Callable[[tuple[int, int]], tuple[int, int]], ...] = (
 )
 
 
+def _window_key(offset: Step) -> int:
+    return int(KEYS[1100 + 5 * (offset[0] + 2) + offset[1] + 2])
+
+
+def _turned(seen: dict[Step, np.ndarray], offsets: Sequence[Step], key: Callable[[Step], int]) -> np.ndarray:
+    """Hash of what is seen at some offsets in each of the eight orientations: (8, G, H, W)."""
+    planes = np.stack([seen[offset] for offset in offsets])
+    return (_turned_keys(tuple(offsets), key) @ planes.reshape(len(offsets), -1)).reshape(-1, *planes.shape[1:])
+
+
+def _any_way(seen: dict[Step, np.ndarray], offsets: Sequence[Step], key: Callable[[Step], int]) -> np.ndarray:
+    """The same, whatever the orientation: (G, H, W)."""
+    return _turned(seen, offsets, key).min(0)
+
+
+@cache
+def _turned_keys(offsets: tuple[Step, ...], key: Callable[[Step], int]) -> np.ndarray:
+    """The offsets' keys in each of the eight orientations: (8, offsets)."""
+    return np.array([[key(turn(offset)) for offset in offsets] for turn in _ORIENTATIONS])
+
+
 def window_planes(canvas: Canvas) -> Planes:
     """Neighbourhoods: ordered, unordered, and free of colour."""
     x, fg = canvas.colour, canvas.foreground.astype(np.int64)
@@ -80,24 +101,19 @@ def window_planes(canvas: Canvas) -> Planes:
     edge, corner = [(-1, 0), (0, -1), (0, 1), (1, 0)], [(-1, -1), (-1, 1), (1, -1), (1, 1)]
     same = {o: (near[o] == x).astype(np.int64) for o in ring}
     bit = {o: 1 << i for i, o in enumerate(ring)}
-    key = {o: KEYS[1100 + 5 * (o[0] + 2) + o[1] + 2] for o in near}
+    key = {o: _window_key(o) for o in near}
     ring_hash = sum(near[o] * key[o] for o in ring)
     outer = [o for o in near if max(abs(o[0]), abs(o[1])) == 2]
     edge_bag, corner_bag = (sum(_COLOUR_KEYS[near[o]] for o in group) for group in (edge, corner))
     fg_ring = sum(look(padded_fg, *o) * bit[o] for o in ring)
 
-    def any_way(source: dict[tuple[int, int], np.ndarray], offsets: list[tuple[int, int]]) -> np.ndarray:
-        """Hash of a window that is the same in all eight orientations."""
-        keys = np.array([[key[turn(o)] for o in offsets] for turn in _ORIENTATIONS])  # (8, offsets)
-        return (keys @ np.stack([source[o].reshape(-1) for o in offsets])).min(0).reshape(x.shape)
-
     fg_near = {o: look(padded_fg, *o) for o in near}
     return {
-        "n8_any": any_way(near, ring),
-        "n24_any": any_way(near, ring + outer),
-        "fg8_any": any_way(fg_near, ring),
-        "fg24_any": any_way(fg_near, ring + outer),
-        "same8_any": any_way(same, ring),
+        "n8_any": _any_way(near, ring, _window_key),
+        "n24_any": _any_way(near, ring + outer, _window_key),
+        "fg8_any": _any_way(fg_near, ring, _window_key),
+        "fg24_any": _any_way(fg_near, ring + outer, _window_key),
+        "same8_any": _any_way(same, ring, _window_key),
         "n4": sum(near[o] * key[o] for o in edge),
         "n8": ring_hash,
         "x4": sum(near[o] * key[o] for o in corner),
@@ -122,14 +138,12 @@ def ray_planes(canvas: Canvas) -> Planes:
     diagonal = [hit[n] for n in ("north_west", "north_east", "south_west", "south_east")]
     distance = {n: _ray_distance(canvas, RAYS[n]) for n in ("north", "south", "west", "east")}
     seen = {RAYS[n]: h for n, h in hit.items()}
-    turned = [[seen[turn(o)] for o in seen] for turn in _ORIENTATIONS]
     gaps = {RAYS[n]: d for n, d in distance.items()}
-    gaps_turned = [[gaps[turn(o)] for o in gaps] for turn in _ORIENTATIONS]
     return {
-        "rays8_any": np.minimum.reduce([combine(parts) for parts in turned]),
-        "rays4_any": np.minimum.reduce([combine(parts[:4]) for parts in turned]),
-        "gaps_any": np.minimum.reduce([combine(parts) for parts in gaps_turned]),
-        "gaps_rays_any": np.minimum.reduce([combine([*a, *b[:4]]) for a, b in zip(gaps_turned, turned, strict=True)]),
+        "rays8_any": _any_way(seen, list(seen), _ray_key),
+        "rays4_any": _any_way(seen, list(gaps), _ray_key),
+        "gaps_any": _any_way(gaps, list(gaps), _ray_key),
+        "gaps_rays_any": (_turned(gaps, list(gaps), _ray_key) + _turned(seen, list(gaps), _ray_key_too)).min(0),
         **hit,
         "rays4": combine([north, south, west, east]),
         "rays4_bag": sum(_COLOUR_KEYS[h] for h in (north, south, west, east)),
@@ -153,6 +167,15 @@ RAYS = {
     "south_west": (1, -1),
     "south_east": (1, 1),
 }
+
+
+def _ray_key(step: Step) -> int:
+    return int(KEYS[1000 + list(RAYS.values()).index(step)])
+
+
+def _ray_key_too(step: Step) -> int:
+    """For a hash of gaps and colours."""
+    return int(KEYS[1004 + list(RAYS.values()).index(step)])
 
 
 def _ray_distance(canvas: Canvas, step: Step) -> np.ndarray:
@@ -237,15 +260,19 @@ def value_planes(canvas: Canvas) -> Planes:
     cell_colour = x.reshape(-1)[clusters.cells]
     others = own[clusters.of].copy()
     others[np.arange(len(cell_colour)), cell_colour] = 0
+    grid, row, col = np.nonzero(fg)
+    _, height, width = canvas.shape
     lines = {}
-    for name, axis in (("row_top", 2), ("col_top", 1)):
-        counts = np.stack([(fg & (x == colour)).sum(axis, keepdims=True) for colour in range(10)])
-        lines[name] = np.broadcast_to(np.where(counts.any(0), counts.argmax(0), MISSING), x.shape)
+    for name, place, shape in (("row_top", row, (len(x), height, 1)), ("col_top", col, (len(x), 1, width))):
+        line, count = grid * max(shape[1:]) + place, len(x) * max(shape[1:])
+        counts = np.bincount(line * 10 + x[fg], minlength=count * 10).reshape(count, 10)
+        top = np.where(counts.any(1), counts.argmax(1), MISSING)
+        lines[name] = np.broadcast_to(top.reshape(shape), x.shape)
     return {
         "cluster_top": clusters.paint(own.argmax(1)),
         "cluster_low": clusters.paint(np.where(own > 0, own, 10**6).argmin(1)),
         "cluster_other": clusters.paint_cells(np.where(others.any(1), others.argmax(1), MISSING)),
-        "region_rim": region_rim(canvas),
+        "region_rim": canvas.region_rim,
         "nearest_colour": _nearest_colour(canvas),
         **lines,
     }

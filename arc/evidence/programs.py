@@ -58,6 +58,7 @@ class ProgramSearch:
         self._changed: dict[str, dict[Scene, Grid | None]] = {change: {} for change in CHANGES}
         self._results: dict[tuple[Shape, bytes], Grid] = {}
         self._maps: dict[tuple[int, int], np.ndarray | None] = {}
+        self._variety = [int(np.count_nonzero(np.bincount(output.reshape(-1)))) for output in outputs]  # of colours
         self.allowed = min(MAX_LEFT_OUT, self.n - 1)  # so many demonstrations may fail
         self._same_as: dict[str, str] = {}
         self.cuts = self._cut_all()
@@ -124,27 +125,38 @@ class ProgramSearch:
         alike = functools.cache(self._alike)
         possible = functools.cache(lambda may, *kind: self._possible(alike(*kind), may))  # most share one of few rules
         for name, change in {"": _UNCHANGED, **CHANGES}.items():
-            for cut, fitting in possible(change.may, change.adds_colours, change.keeps).items():
-                maps = self._fits(cut, name, fitting) if change.on_parts or cut == "all" else None
+            for cut, fitting in possible(change.may, change.on_parts, change.adds_colours, change.keeps).items():
+                maps = self._fits(cut, name, fitting)
                 if maps is not None:
                     programs.append(Program(cut, name, maps))
         return programs
 
-    def _alike(self, adds_colours: bool, keeps: Cells | None) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
-        """Cuts, numbered by order of declaration, by the shapes they leave of the demonstrations.
-
-        None stands for a cut that leaves nothing, or too few colours: a map makes no more of them, and a change only if
-        it `adds_colours`. So it does where the cells that a change `keeps` differ from the output by no map of colours.
-        """
+    def _alike(
+        self, on_parts: bool, adds_colours: bool, keeps: Cells | None
+    ) -> dict[tuple[Shape | None, ...], list[tuple[int, str]]]:
+        """Cuts that changes of a kind are tried on, numbered by order of declaration, by what `_promising` says of the
+        demonstrations."""
         groups: dict[tuple[Shape | None, ...], list[tuple[int, str]]] = {}
-        variety = [0 if adds_colours else len(np.unique(output)) for output in self.outputs]
-        for number, (name, scenes) in enumerate(self.cuts.items()):
-            shapes: list[Shape | None] = []
-            for scene, least, output in zip(scenes, variety, self.outputs, strict=False):
-                hopeless = scene is None or scene.variety < least or (keeps and not _agrees(scene, output, keeps))
-                shapes.append(None if scene is None or hopeless else scene.grid.shape)
+        for number, (name, scenes) in enumerate(self.cuts.items() if on_parts else [("all", self.cuts["all"])]):
+            shapes = [self._promising(scene, j, adds_colours, keeps) for j, scene in enumerate(scenes[: self.n])]
             groups.setdefault(tuple(shapes), []).append((number, name))
         return groups
+
+    def _promising(
+        self, scene: Scene | None, demonstration: int, adds_colours: bool, keeps: Cells | None
+    ) -> Shape | None:
+        """The shape that a cut leaves of a demonstration; None where no change of a kind makes the output of it.
+
+        There may be nothing left, or too few colours: a map makes no more of them, and a change only if it
+        `adds_colours`. Or the cells that the change `keeps` become those of the output by no map of colours.
+        """
+        if scene is None or (not adds_colours and scene.variety < self._variety[demonstration]):
+            return None
+        if keeps is not None:
+            output, cells = self.outputs[demonstration], keeps(scene)
+            if scene.grid.shape != output.shape or colour_map(scene.grid[cells], output[cells]) is None:
+                return None
+        return scene.grid.shape
 
     def _possible(
         self, cuts: dict[tuple[Shape | None, ...], list[tuple[int, str]]], may: Reach
@@ -215,14 +227,6 @@ class ProgramSearch:
                 if len(found) == limit:
                     break
         return list(found.values())
-
-
-def _agrees(scene: Scene, output: Grid, cells: Cells) -> bool:
-    """Whether some of a grid's cells can become those of the output by one map of colours."""
-    if scene.grid.shape != output.shape:
-        return False
-    mask = cells(scene)
-    return colour_map(scene.grid[mask], output[mask]) is not None
 
 
 def _legal(grid: Grid | None) -> Grid | None:

@@ -13,6 +13,7 @@ from arc.evidence.canvas import DOWN, OUTSIDE, RIGHT, STAR, Canvas, Step, backgr
 
 Grid = np.ndarray
 Shape = tuple[int, int]
+Box = tuple[slice, slice]  # rows and columns
 T = TypeVar("T")
 Transform = Callable[["Scene"], "Grid | None"]  # None: does not apply
 Cells = Callable[["Scene"], np.ndarray]  # a mask over the grid
@@ -91,6 +92,11 @@ class Scene:
         return ranked_colours(self.counts, self.background)
 
     @cached_property
+    def colour_boxes(self) -> list[Box]:
+        """The bounding box of each foreground colour, commonest first."""
+        return [box for colour in self.colours if (box := extent(self.grid == colour))]
+
+    @cached_property
     def lines(self) -> tuple[list[int], list[int], int | None]:
         return lines(self.grid)
 
@@ -157,13 +163,19 @@ def once(fact: Callable[[Scene], T]) -> Callable[[Scene], T]:
     return recall
 
 
+def extent(mask: np.ndarray) -> Box | None:
+    """Rows and columns of the bounding box of a mask; None for an empty mask."""
+    rows = np.flatnonzero(mask.any(1)).tolist()
+    if not rows:
+        return None
+    cols = np.flatnonzero(mask.any(0)).tolist()
+    return slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+
+
 def crop(grid: Grid, mask: np.ndarray) -> Grid | None:
     """The part of a grid inside the bounding box of a mask; None for an empty mask."""
-    rows = np.flatnonzero(mask.any(1))
-    if not len(rows):
-        return None
-    cols = np.flatnonzero(mask.any(0))
-    return grid[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    box = extent(mask)
+    return None if box is None else grid[box]
 
 
 def inside(grid: Grid) -> Grid | None:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from arc.evidence.canvas import Canvas, Objects
-from arc.evidence.scene import lines, spans
+from arc.evidence.scene import extent, lines, spans
 from arc.tasks import MAX_SIDE
 
 Size = tuple[int, int]
@@ -100,10 +100,8 @@ def _by_grid(function: Callable[[np.ndarray], Size | None]) -> SizeFunction:
 
 
 def _box(mask: np.ndarray) -> Size | None:
-    if not mask.any():
-        return None
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(rows[-1] - rows[0] + 1), int(cols[-1] - cols[0] + 1)
+    box = extent(mask)
+    return None if box is None else (box[0].stop - box[0].start, box[1].stop - box[1].start)
 
 
 def _foreground_box(margin: int = 0) -> SizeFunction:
@@ -409,6 +407,7 @@ class SizeEvidence:
     def __init__(self, canvas: Canvas, demos: Sequence[Demo], programs: Programs | None = None):
         self.views = [View(grid, canvas, index, programs) for index, grid in enumerate(canvas.grids)]
         self.demos = list(demos)
+        self._said: dict[tuple[int, ...], np.ndarray] = {}
         self.truth = np.array([(d.h, d.w) for d in demos], np.int64).reshape(-1, 2)  # (n, 2)
         self.fixed = np.zeros((NUM_RULES, len(self.views), 2), np.int64)
         for r, rule in enumerate(SIZE_RULES):
@@ -419,10 +418,12 @@ class SizeEvidence:
 
     def says(self, grid: int, usable: Sequence[int]) -> np.ndarray:
         """Every rule's size for a grid, given the usable demonstrations: (R, 2), 0 where silent."""
-        sizes = self.fixed[:, grid].copy()
-        for r in self.adaptive:
-            sizes[r] = legal(SIZE_RULES[r].function(self.views[grid], [self.demos[j] for j in usable]))
-        return sizes
+        asked = grid, *usable
+        if asked not in self._said:
+            sizes = self._said[asked] = self.fixed[:, grid].copy()
+            for r in self.adaptive:
+                sizes[r] = legal(SIZE_RULES[r].function(self.views[grid], [self.demos[j] for j in usable]))
+        return self._said[asked]
 
     def choose(self, grid: int, usable: Sequence[int]) -> tuple[Size, np.ndarray, np.ndarray, np.ndarray]:
         """Size for the query `grid` from the demonstrations `usable` (each judged from the remaining ones).

@@ -81,7 +81,8 @@ def _cut(name: str) -> Callable[[OutputCells], np.ndarray | None]:
 
     def source(cells: OutputCells) -> np.ndarray | None:
         results = cells.programs.cut(name)
-        return _placed(cells, [results[grid] for grid, _, _ in cells.items])
+        parts = [(place, results[grid], size) for (grid, *size), place in zip(cells.items, cells.slices, strict=True)]
+        return _placed(cells, [(place, part) for place, part, size in parts if part is None or [*part.shape] == size])
 
     return source
 
@@ -90,22 +91,20 @@ def _changed(change: str) -> Callable[[OutputCells], np.ndarray | None]:
     """The whole input after a change that keeps its shape, where that is the output's size."""
 
     def source(cells: OutputCells) -> np.ndarray | None:
-        grids, result = cells.canvas.grids, cells.programs.result
-        return _placed(
-            cells, [result(grid, "all", change) if grids[grid].shape == (h, w) else None for grid, h, w in cells.items]
-        )
+        result = cells.programs.result
+        return _placed(cells, [(place, result(grid, "all", change)) for grid, place in cells.of_input_size])
 
     return source
 
 
-def _placed(cells: OutputCells, results: Sequence[Grid | None]) -> np.ndarray | None:
-    """Each item's result, where it has the item's size; None if none has."""
+def _placed(cells: OutputCells, parts: Sequence[tuple[slice, Grid | None]]) -> np.ndarray | None:
+    """Grids put in the place of the items whose size they have; None if there are none."""
     values: np.ndarray | None = None
-    for number, (result, (_, height, width)) in enumerate(zip(results, cells.items, strict=True)):
-        if result is not None and result.shape == (height, width):
+    for place, part in parts:
+        if part is not None:
             if values is None:
                 values = np.full(len(cells), UNAVAILABLE, np.uint8)
-            values[cells.slice(number)] = result.reshape(-1)
+            values[place] = part.reshape(-1)
     return values
 
 
