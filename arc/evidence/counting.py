@@ -346,8 +346,8 @@ class TaskEvidence:
         if (out, judged) not in self._scores:
             codes = self._codes(self._planned, judged, out)
             above = codes - self.outputs[judged].reshape(-1).astype(np.uint8)  # 10 * class where the colour is right
-            right = (above == 10) | (above == 20) | (above == 30)
-            self._scores[out, judged] = np.stack([np.count_nonzero(codes, axis=1), np.count_nonzero(right, axis=1)])
+            found = np.stack([codes > 0, (above == 10) | (above == 20) | (above == 30)])
+            self._scores[out, judged] = np.bitwise_count(np.packbits(found, axis=2)).sum(2, dtype=np.int64)
         return self._scores[out, judged]
 
     def _stats(self, out: Out) -> np.ndarray:

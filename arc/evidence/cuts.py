@@ -9,7 +9,7 @@ import numpy as np
 
 from arc.evidence.canvas import Objects
 from arc.evidence.restore import MASKS, hidden_patch, mirrored, repeated
-from arc.evidence.scene import Grid, Scene, Transform, inside, merge_runs, spans
+from arc.evidence.scene import Grid, Scene, Transform, inside, merge_runs, period, spans
 
 ObjectKey = Callable[[Objects], np.ndarray]
 
@@ -152,10 +152,8 @@ def _half(rows: slice | None, cols: slice | None) -> Transform:
 
 def _period_tile(scene: Scene) -> Grid | None:
     """The smallest tile that the grid repeats."""
-    grid = scene.grid
-    h = next(p for p in range(1, len(grid) + 1) if (grid[p:] == grid[: len(grid) - p]).all())
-    w = next(p for p in range(1, grid.shape[1] + 1) if (grid[:, p:] == grid[:, : grid.shape[1] - p]).all())
-    return grid[:h, :w]
+    height, width = period(scene.grid)
+    return scene.grid[:height, :width]
 
 
 def _without_empty_lines(scene: Scene) -> Grid | None:

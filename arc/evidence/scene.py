@@ -206,6 +206,16 @@ def lines(grid: np.ndarray) -> tuple[list[int], list[int], int | None]:
     return rows, np.flatnonzero(col_flat & (col_colour == colour)).tolist(), colour
 
 
+def period(grid: Grid) -> Shape:
+    """Rows and columns of the smallest tile that the grid repeats in both directions."""
+
+    def smallest(rows: Grid) -> int:
+        cells, width = rows.tobytes(), rows.shape[1] * rows.itemsize
+        return next(p for p in range(1, len(rows) + 1) if cells[p * width :] == cells[: len(cells) - p * width])
+
+    return smallest(grid), smallest(grid.T)
+
+
 def spans(separators: Sequence[int], length: int) -> list[tuple[int, int]]:
     """Half-open intervals between separator positions, empty ones left out."""
     edges = [-1, *separators, length]

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from arc.evidence.canvas import Canvas, Objects
-from arc.evidence.scene import extent, lines, spans
+from arc.evidence.scene import extent, lines, period, spans
 from arc.tasks import MAX_SIDE
 
 Size = tuple[int, int]
@@ -169,15 +169,6 @@ def _distinct(grid: np.ndarray) -> int:
     return len({row.tobytes() for row in grid})
 
 
-def _period(grid: np.ndarray) -> Size:
-    """Smallest tile that the grid repeats in both directions."""
-
-    def smallest(g: np.ndarray) -> int:
-        return next(p for p in range(1, len(g) + 1) if (g[p:] == g[: len(g) - p]).all())
-
-    return smallest(grid), smallest(grid.T)
-
-
 def _common(_: View, demos: Sequence[Demo]) -> Size | None:
     """The commonest output size of the demonstrations (ties: the first)."""
     sizes = [(d.h, d.w) for d in demos]
@@ -307,7 +298,7 @@ def _from_the_grid() -> list[SizeRule]:
         SizeRule("times_cells", _times(_foreground_cells), "the input's sides times the number of foreground cells"),
         SizeRule("times_objects", _times(lambda v: v.count("shapes")), "the input's sides times the objects"),
         SizeRule("doubled_less_1", _by_grid(lambda g: (2 * g.shape[0] - 1, 2 * g.shape[1] - 1)), "2 H - 1, 2 W - 1"),
-        SizeRule("period", _by_grid(_period), "the smallest tile that the input repeats"),
+        SizeRule("period", _by_grid(period), "the smallest tile that the input repeats"),
         SizeRule(
             "distinct_runs",
             _by_grid(lambda g: (_changes(0)(g), _changes(1)(g))),
