@@ -81,8 +81,12 @@ def _cut(name: str) -> Callable[[OutputCells], np.ndarray | None]:
 
     def source(cells: OutputCells) -> np.ndarray | None:
         results = cells.programs.cut(name)
-        parts = [(place, results[grid], size) for (grid, *size), place in zip(cells.items, cells.slices, strict=True)]
-        return _placed(cells, [(place, part) for place, part, size in parts if part is None or [*part.shape] == size])
+        parts = [
+            (place, part)
+            for (grid, height, width), place in zip(cells.items, cells.slices, strict=True)
+            if (part := results[grid]) is not None and part.shape == (height, width)
+        ]
+        return _placed(cells, parts)
 
     return source
 
