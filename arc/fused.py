@@ -173,6 +173,7 @@ class Attention(torch.autograd.Function):
         mask: Tensor | None,
         colours: Tensor,
         dtype: Any,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         (B, L, W), H = x.shape, looking.shape[1] // 4
         qkv, out = paired(qkv, H).to(dtype), out.to(dtype)
@@ -185,8 +186,13 @@ class Attention(torch.autograd.Function):
         turned = as_complex(units[0]) * turn
         q, k = (as_real(part).to(dtype).flatten(0, 1) for part in (turned, as_complex(units[1]) * turns[1]))
         values = torch.cat((parts[2], colours[:, None].to(dtype).expand(-1, H, -1, -1)), -1).flatten(0, 1)
-        looks = scores(q, k, mask).softmax(-1)  # (B * H, L, L)
-        seen = (looks @ values).view(B, H, L, -1)
+        mask = None if mask is None else mask.to(dtype).expand(-1, H, -1, -1).flatten(0, 1)  # (B * H, 1, L)
+        looks = q.new_empty(B * H, L, L) if keep else None  # only the way back reads them again
+        seen = values.new_empty(values.shape)
+        for part in pieces(B * H, L):
+            looking_at = softmax(scores(q[part], k[part], None if mask is None else mask[part]), looks, part)
+            torch.bmm(looking_at, values[part], out=seen[part])
+        seen = seen.view(B, H, L, -1)
         found = seen[..., : W // H].to(x.dtype)
         told = packed((found * gain).transpose(1, 2), dtype).view(B * L, W)
         ctx.save_for_backward(unit, rate, scale, read, units, rates, turn, turns[1], turned, q, k, values, looks)
@@ -205,13 +211,15 @@ class Attention(torch.autograd.Function):
             of_told = (given @ out).view(B, L, H, -1).transpose(1, 2).to(unit.dtype)  # (B, H, L, d)
             of_gain = (of_told * found).sum((2, 3))
             of_seen = torch.cat((of_told * gain, of_looked_at), -1).to(dtype).flatten(0, 1)
-            of_looks = of_seen @ values.mT
-            of_scores = softmax_back(of_looks, looks)
+            of_each = q.new_empty(3, *q.shape)  # of q, k and v
+            for part in pieces(B * H, L):
+                of_scores = softmax_back(of_seen[part] @ values[part].mT, looks[part])
+                torch.bmm(of_scores, k[part], out=of_each[0, part])
+                torch.bmm(of_scores.mT, q[part], out=of_each[1, part])
+                torch.bmm(looks[part].mT, of_seen[part, :, : W // H], out=of_each[2, part])
             of_parts = read.new_empty(B, L, 3, H, W // H).permute(2, 0, 3, 1, 4)  # (3, B, H, L, d)
-            of_parts[2] = (looks.mT @ of_seen[..., : W // H]).view(B, H, L, -1)
-            of_q, of_k = (
-                as_complex(part.to(unit.dtype).view(B, H, L, -1)) for part in (of_scores @ k, of_scores.mT @ q)
-            )
+            of_parts[2] = of_each[2].view(B, H, L, -1)
+            of_q, of_k = (as_complex(part.to(unit.dtype).view(B, H, L, -1)) for part in of_each[:2])
             of_looking = headings_back((of_q * turned.conj()).sum(2), of_gain, looking, frequencies)
             of_units = torch.stack((as_real(of_q * turn.conj()), as_real(of_k * key_turn.conj())))
             of_parts[:2] = normed_back(of_units, units, rates)
@@ -219,7 +227,7 @@ class Attention(torch.autograd.Function):
             of_qkv = unpaired((of_projected.T @ read).to(unit.dtype), H) if weights else None
             of_read = (of_projected @ qkv).view_as(unit).to(unit.dtype)
             of_x, of_shift, of_scale = modulated_back(of_read, unit, rate, scale)
-        return of_x.add_(gradient), of_shift, of_scale, of_looking, of_qkv, of_out, *[None] * 5
+        return of_x.add_(gradient), of_shift, of_scale, of_looking, of_qkv, of_out, *[None] * 6
 
 
 def softmax_back(gradient: Tensor, softmax: Tensor) -> Tensor:
@@ -228,11 +236,22 @@ def softmax_back(gradient: Tensor, softmax: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """(B * H, L, L) of q, k (B * H, L, d); mask (B, 1, 1, L) additive or None."""
-    if mask is None:
-        return q @ k.mT
-    heads = len(q) // len(mask)
-    return torch.baddbmm(mask.to(q.dtype).expand(-1, heads, -1, -1).flatten(0, 1), q, k.mT)
+    """(N, L, L) of q, k (N, L, d); mask (N, 1, L) additive or None."""
+    return q @ k.mT if mask is None else torch.baddbmm(mask, q, k.mT)
+
+
+PIECE = 2**18  # scores that are looked at together: few enough to stay in the processor's cache
+
+
+def pieces(count: int, length: int) -> list[slice]:
+    """`count` squares of scores with sides of `length`, in parts of about PIECE scores."""
+    step = max(1, PIECE // length**2)
+    return [slice(at, at + step) for at in range(0, count, step)]
+
+
+def softmax(piece: Tensor, whole: Tensor | None, part: slice) -> Tensor:
+    """Of a piece of scores over the last dimension; it lies in its place of the whole where that is kept."""
+    return piece.softmax(-1) if whole is None else torch.softmax(piece, -1, out=whole[part])
 
 
 def attention(
@@ -254,7 +273,7 @@ def attention(
     places that are looked from (B, 1, L, F) and of the keys (B, 1 or H, L, F); frequencies (d // 4,); mask (B, 1, 1, L)
     additive or None; colours (B, L, 10), one-hot.
     """
-    dtype, exact = product_dtype(x), x.dtype
+    dtype, exact, keep = product_dtype(x), x.dtype, torch.is_grad_enabled()
     with torch.autocast("cpu", enabled=False):
         shift, scale, looking = shift.to(exact), scale.to(exact), looking.to(exact)
-        return Attention.apply(x, shift, scale, looking, qkv, out, turns, frequencies, mask, colours, dtype)
+        return Attention.apply(x, shift, scale, looking, qkv, out, turns, frequencies, mask, colours, dtype, keep)
