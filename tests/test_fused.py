@@ -105,6 +105,19 @@ def test_the_halves_are_the_plain_formulas(name: str) -> None:
         assert found.shape == expected.shape
 
 
+@pytest.mark.parametrize("scores", [1, 7 * L * L])
+@pytest.mark.parametrize("name", ["attention", "attention with padding"])
+def test_scores_are_looked_at_in_pieces(name: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, plain, arguments = HALVES[name]
+    monkeypatch.setattr(fused, "PIECE", scores)
+    assert len(fused.pieces(B * H, L)) > 1
+    for found, expected in zip(results(own, arguments()), results(plain, arguments()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():  # where they are not kept
+        for found, expected in zip(own(*arguments()), plain(*arguments()), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", HALVES)
 def test_the_ways_back_are_those_of_differences(name: str) -> None:
     own, _, arguments = HALVES[name]
