@@ -207,7 +207,7 @@ class Objects:
     @cached_property
     def _by_grid(self) -> tuple[list[int], np.ndarray, np.ndarray]:
         """The grids that have components, the first of each, and how many."""
-        per_grid = np.bincount(self.grid, minlength=self.labels.shape[0])
+        per_grid = np.array(self.per_grid)
         first = np.cumsum(per_grid) - per_grid
         grids = np.flatnonzero(per_grid)
         return grids.tolist(), first[grids], per_grid[grids]
@@ -242,6 +242,11 @@ class Objects:
         return plane.reshape(self.labels.shape)
 
 
+def _of_whole(name: str) -> cached_property[np.ndarray]:
+    """A fact about the components of one grid, as it was found for those of all."""
+    return cached_property(lambda objects: getattr(objects._whole, name)[objects._members])  # noqa: SLF001
+
+
 class ObjectsOfGrid(Objects):
     """The components of one grid of a canvas as those of a canvas of its own (1, H, W): what is known of all of them
     together is not found again."""
@@ -262,37 +267,14 @@ class ObjectsOfGrid(Objects):
         for name in ("size", "colour", "top", "bottom", "left", "right", "height", "width"):
             setattr(self, name, getattr(whole, name)[self._members])
 
-    @cached_property
-    def colours(self) -> np.ndarray:
-        return self._whole.colours[self._members]
-
-    @cached_property
-    def touches(self) -> np.ndarray:
-        return self._whole.touches[self._members]
-
-    @cached_property
-    def shape(self) -> np.ndarray:
-        return self._whole.shape[self._members]
-
-    @cached_property
-    def shape_any(self) -> np.ndarray:
-        return self._whole.shape_any[self._members]
-
-    @cached_property
-    def rank(self) -> np.ndarray:
-        return self._whole.rank[self._members]
-
-    @cached_property
-    def rank_up(self) -> np.ndarray:
-        return self._whole.rank_up[self._members]
-
-    @cached_property
-    def twin_count(self) -> np.ndarray:
-        return self._whole.twin_count[self._members]
-
-    @cached_property
-    def symmetries(self) -> np.ndarray:
-        return self._whole.symmetries[self._members]
+    colours = _of_whole("colours")
+    touches = _of_whole("touches")
+    shape = _of_whole("shape")
+    shape_any = _of_whole("shape_any")
+    rank = _of_whole("rank")
+    rank_up = _of_whole("rank_up")
+    twin_count = _of_whole("twin_count")
+    symmetries = _of_whole("symmetries")
 
 
 def dense_rank(group: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -318,6 +300,11 @@ def ranked_colours(counts: np.ndarray, ground: int) -> list[int]:
     (ties: the smaller)."""
     ranked = sorted((-count, colour) for colour, count in enumerate(counts.tolist()) if count and colour != ground)
     return [colour for _, colour in ranked]
+
+
+def tally(group: np.ndarray, colour: np.ndarray, groups: int) -> np.ndarray:
+    """How many cells of each colour each group has, of cells given by group and colour: (groups, 10)."""
+    return np.bincount(group * 10 + colour, minlength=groups * 10).reshape(groups, 10)
 
 
 class Canvas:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc.evidence.canvas import OUTSIDE, Objects, Step
+from arc.evidence.canvas import OUTSIDE, Objects, Step, tally
 from arc.evidence.drawing import DRAWINGS
 from arc.evidence.moves import drop, front, wall
 from arc.evidence.restore import MASKS, mirrored, repeated
@@ -283,9 +283,7 @@ def _line_majority(scene: Scene) -> Grid | None:
     """Every row (or every column, whichever is purer) in its commonest colour."""
     best: tuple[int, Grid] | None = None
     for view, turned in ((scene.grid, False), (scene.grid.T, True)):
-        lines = len(view)
-        cells = np.arange(0, 10 * lines, 10)[:, None] + view  # by line and colour
-        counts = np.bincount(cells.reshape(-1), minlength=10 * lines).reshape(lines, 10)
+        counts = tally(np.arange(len(view)).repeat(view.shape[1]), view.reshape(-1), len(view))
         fit = int(counts.max(1).sum())
         if best is None or fit > best[0]:
             stripes = np.repeat(counts.argmax(1)[:, None], view.shape[1], 1).astype(np.uint8)

@@ -252,8 +252,10 @@ def moved_to(choice: Choice) -> Transform:
     def change(scene: Scene) -> Grid | None:
         anchor = choice(scene)
         shapes = scene.canvas.shapes
-        box = None if anchor is None else extent(anchor)
-        if anchor is None or box is None or not 1 < shapes.count <= 30:
+        if anchor is None or not 1 < shapes.count <= 30:
+            return None
+        box = extent(anchor)
+        if box is None:
             return None
         rows, cols = box
         down = (shapes.bottom < rows.start).astype(np.int64) - (shapes.top >= rows.stop)
@@ -328,11 +330,10 @@ def colour_boxes(scene: Scene) -> Grid | None:
     """The box around all cells of a colour filled with it, where the background is; larger boxes first."""
     if not scene.colours:
         return None
-    boxes = [scene.grid[area].size for area in scene.colour_boxes]
+    boxes = zip(scene.colour_boxes, scene.colours, strict=True)
     result = scene.grid.copy()
-    for index in sorted(range(len(boxes)), key=lambda index: -boxes[index]):
-        area = scene.colour_boxes[index]
-        result[area] = np.where(scene.foreground[area], result[area], scene.colours[index])
+    for area, colour in sorted(boxes, key=lambda box: -scene.grid[box[0]].size):
+        result[area] = np.where(scene.foreground[area], result[area], colour)
     return result
 
 

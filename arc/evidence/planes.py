@@ -20,6 +20,7 @@ from arc.evidence.canvas import (
     Step,
     combine,
     dense_rank,
+    tally,
 )
 
 Planes = dict[str, np.ndarray]
@@ -143,7 +144,7 @@ def ray_planes(canvas: Canvas) -> Planes:
         "rays8_any": _any_way(seen, list(seen), _ray_key),
         "rays4_any": _any_way(seen, list(gaps), _ray_key),
         "gaps_any": _any_way(gaps, list(gaps), _ray_key),
-        "gaps_rays_any": (_turned(gaps, list(gaps), _ray_key) + _turned(seen, list(gaps), _ray_key_too)).min(0),
+        "gaps_rays_any": (_turned(gaps, list(gaps), _ray_key) + _turned(seen, list(gaps), _ray_key_beside_gaps)).min(0),
         **hit,
         "rays4": combine([north, south, west, east]),
         "rays4_bag": sum(_COLOUR_KEYS[h] for h in (north, south, west, east)),
@@ -169,13 +170,13 @@ RAYS = {
 }
 
 
-def _ray_key(step: Step) -> int:
-    return int(KEYS[1000 + list(RAYS.values()).index(step)])
+def _ray_keys(first: int) -> Callable[[Step], int]:
+    """A key for each of RAYS, from KEYS[first] on."""
+    keys = dict(zip(RAYS.values(), KEYS[first : first + len(RAYS)].tolist(), strict=True))
+    return lambda step: keys[step]
 
 
-def _ray_key_too(step: Step) -> int:
-    """For a hash of gaps and colours."""
-    return int(KEYS[1004 + list(RAYS.values()).index(step)])
+_ray_key, _ray_key_beside_gaps = _ray_keys(1000), _ray_keys(1004)
 
 
 def _ray_distance(canvas: Canvas, step: Step) -> np.ndarray:
@@ -263,11 +264,10 @@ def value_planes(canvas: Canvas) -> Planes:
     grid, row, col = np.nonzero(fg)
     _, height, width = canvas.shape
     lines = {}
-    for name, place, shape in (("row_top", row, (len(x), height, 1)), ("col_top", col, (len(x), 1, width))):
-        line, count = grid * max(shape[1:]) + place, len(x) * max(shape[1:])
-        counts = np.bincount(line * 10 + x[fg], minlength=count * 10).reshape(count, 10)
-        top = np.where(counts.any(1), counts.argmax(1), MISSING)
-        lines[name] = np.broadcast_to(top.reshape(shape), x.shape)
+    for name, place, length, axis in (("row_top", row, height, 2), ("col_top", col, width, 1)):
+        counts = tally(grid * length + place, x[fg], len(x) * length)
+        top = np.where(counts.any(1), counts.argmax(1), MISSING).reshape(len(x), length)
+        lines[name] = np.broadcast_to(np.expand_dims(top, axis), x.shape)
     return {
         "cluster_top": clusters.paint(own.argmax(1)),
         "cluster_low": clusters.paint(np.where(own > 0, own, 10**6).argmin(1)),
