@@ -121,8 +121,7 @@ ABLATION = {
 OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 DEFAULT_THREADS = torch.get_num_threads()
 PROBLEMS = (UserError, PersistenceError)  # one line, which is all that there is to know
-CHECKPOINT_FORMAT = 4  # raise it when checkpoints of before can no longer be continued
-
+CHECKPOINT_FORMAT = 5  # raise it when checkpoints of before can no longer be continued
 
 RUN, DATA, AGENT, RECORDS, SAVING = "run", "data", "agent", "validation and records", "checkpoints"
 FIXES, FIX_1, FIX_26 = "the seven fixes", "fix 1: Qwen trains", "fixes 2 and 6: the loss is the goal, and its signs"
@@ -233,8 +232,7 @@ class Flags:
     policy_samples: int = flag(FIX_26, 4, "actions an episode under rloo", whole(2, 64))
     no_policy: bool = flag(FIX_26, False, "control: no refinement, the agent trained on one pass")
     refined_views: int = flag(FIX_26, 1, "views answered after refinement too", whole(1, 64))
-    refine_steps: int = flag(FIX_26, 1, "of evaluation: 1: the policy's action; more: up to so many, as held-out "
-                             "demonstrations find best", whole(1, 100), FREE)
+    refine_steps: int = flag(FIX_26, 1, "of evaluation: steps at most; held-out pairs decide", whole(1, 100), FREE)
     feedback_pairs: int = flag(FIX_26, 1, "context pairs that give feedback", whole(1, 2))
     w_risk: float = flag(FIX_26, EfeWeights.risk, "weight of the efe term risk", real(0))
     w_ambiguity: float = flag(FIX_26, EfeWeights.ambiguity, "weight of the efe term ambiguity", real(0))
@@ -249,6 +247,7 @@ class Flags:
     warmup_epochs: int = flag(FIX_4, 3, "epochs of the size curriculum", whole(1))
 
     memory_size: int = flag(FIX_5, 1024, "entries of the memory bank", whole(1, 2**20))
+    recall: int = flag(FIX_5, 0, "of evaluation: entries tried on a task's demonstrations", whole(0, 2**20), FREE)
     no_memory: bool = flag(FIX_5, False, "control: the bank is neither read nor written")
 
     amp: str = flag(FIX_7, "auto", "mixed precision", ("auto", "bf16", "fp16", "off"), MODEL)
@@ -580,7 +579,7 @@ def build_run(
     memory = MemoryBank(args.memory_size, qwen.embedding_dim, args.prompt_len, args.prompt_dim).to(device)
     known = saved_latents(checkpoint.state["model"]) if checkpoint else len(chosen.training)
     latent = TaskLatent(known, args.prompt_len, args.prompt_dim).to(device) if args.task_latent else None
-    optimizer, average = build_optimizer(args, qwen, agent, policy, memory, latent)
+    optimizer, average = build_optimizer(args, qwen, agent, policy, latent)
     store = NoEvidence() if args.no_evidence else EvidenceStore(f"{args.cache_dir}/evidence", args.feedback_pairs)
     predicted += all_tasks(chosen.data) if args.submission else []
     state = TrainState()
@@ -648,10 +647,10 @@ def build_prompt_reader(
 
 
 def build_optimizer(
-    args: Flags, qwen: QwenPrompt, agent: GridAgent, policy: PromptPolicy, memory: MemoryBank, latent: TaskLatent | None
+    args: Flags, qwen: QwenPrompt, agent: GridAgent, policy: PromptPolicy, latent: TaskLatent | None
 ) -> tuple[JointOptimizer, WeightAverage | None]:
     """Named groups with rates of their own, and the averaged weights (without a large Qwen that trains whole)."""
-    groups: dict[str, nn.Module] = {"agent": agent, "policy": nn.ModuleDict({"policy": policy, "memory": memory})}
+    groups: dict[str, nn.Module] = {"agent": agent, "policy": policy}
     rates = {"agent": args.agent_lr, "policy": args.policy_lr}
     if latent is not None:
         groups["latent"], rates["latent"] = latent, args.agent_lr
@@ -660,7 +659,7 @@ def build_optimizer(
         groups["qwen"], rates["qwen"] = qwen, args.qwen_lr
     eight_bit = {"qwen"} if args.optim_qwen == "adamw8bit" and not args.eval_only else set()
     optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon", eight_bit=eight_bit)
-    assert all(map(optimizer.covers, (agent, qwen, policy, memory))), "a trainable parameter is in no group"
+    assert all(map(optimizer.covers, (agent, qwen, policy))), "a trainable parameter is in no group"
     small = qwen.is_tiny or qwen.adapter is not None
     averaged = groups if small else {name: module for name, module in groups.items() if name != "qwen"}
     return optimizer, WeightAverage(averaged, args.ema) if args.ema > 0 else None
@@ -718,12 +717,12 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
 
 
 def read_prompt(run: Run, batch: TrainBatch | PredictionBatch) -> tuple[Tensor, Tensor]:
-    """Qwen reads each context once: prompt (G, K, D) with what the memory adds, and the context's embedding (G, E)."""
+    """Qwen reads each context once: prompt (G, K, D), and the context's embedding (G, E)."""
     prompt, embedding = run.qwen(batch.context_ids, batch.context_lengths, batch.reading)
     prompt = prompt.float()
     if run.latent is not None:
         prompt = prompt + run.latent(batch.task, batch.keep if isinstance(batch, TrainBatch) else None)
-    return prompt if run.args.no_memory else prompt + run.memory.read(embedding, batch.task), embedding
+    return prompt, embedding
 
 
 def reward_with_gradient(
@@ -912,7 +911,8 @@ def predictor(run: Run) -> Predictor:
     return Predictor(
         args=run.args,
         agent=run.agent,
-        read=lambda batch: read_prompt(run, batch)[0],
+        read=functools.partial(read_prompt, run),
+        recall=functools.partial(run.memory.recall, count=0 if run.args.no_memory else run.args.recall),
         act=None if run.args.no_policy else act,
         score=lambda grid, target: (exact_match(grid, target), cell_accuracy(grid, target)),
         encode=run.qwen.encoder,

@@ -32,15 +32,14 @@ class MemoryBank(nn.Module):
     """At most `capacity` entries, one (the best) for each task; key: Qwen's embedding of the task's context, value: the
     refined prompt (K, D).
 
-    The bank is read when a prompt is built, so storing has a consequence. A task never reads its own entry: that was
-    made from all of its demonstrations, the one held out as the query included, which no prompt of a new task can be.
-    Entries hold nothing of any test pair; they are offered during training on demonstration pairs only.
+    What is stored is tried on the demonstrations of a task whose test pairs are predicted, beside the prompt that Qwen
+    reads from them. Mixed into prompts, by a learned share and in training too, it was worth nothing
+    (benchmarks/RESULTS.md). Entries hold nothing of any test pair; they are offered during training on demonstration
+    pairs only, so there a task may find its own entry again.
     """
 
-    def __init__(self, capacity: int, key_dim: int, prompt_len: int, prompt_dim: int, *, neighbours: int = 4) -> None:
+    def __init__(self, capacity: int, key_dim: int, prompt_len: int, prompt_dim: int) -> None:
         super().__init__()
-        self.neighbours = neighbours
-        self.gate = nn.Parameter(torch.tensor(0.1))  # how much of what is remembered enters a prompt; learned
         self.register_buffer("keys", torch.zeros(capacity, key_dim))
         self.register_buffer("values", torch.zeros(capacity, prompt_len, prompt_dim))
         self.register_buffer("task", torch.full((capacity,), -1, dtype=torch.long))  # -1: free
@@ -67,20 +66,13 @@ class MemoryBank(nn.Module):
         self._known = self._known or to_host([self.task, self.accuracy, self.stored_at])
         return self._known
 
-    def read(self, key: Tensor, task: Tensor) -> Tensor:
-        """What is remembered for embeddings key (G, E) of tasks (G,): (G, K, D), zero while the bank is empty.
-
-        The mean of the nearest entries' prompts, weighted by a softmax over cosine likeness (temperature 0.1), times a
-        learned gate; gradient flows into the gate and, through the weights, into the keys of the readers.
-        """
-        with torch.autocast(key.device.type, enabled=False):  # a likeness over 0.1 does not fit fp16's range
+    def recall(self, key: Tensor, count: int) -> Tensor:
+        """(n, G, K, D): the prompts of the n entries that are most like the contexts embedded as key (G, E), the most
+        like one first; n is `count`, or all that there are."""
+        with torch.autocast(key.device.type, enabled=False):
             likeness = F.normalize(key.float(), dim=-1) @ F.normalize(self.keys, dim=-1).T  # (G, capacity)
-            hidden = (self.task < 0) | (self.task == task[:, None])
-            likeness = likeness.masked_fill(hidden, -torch.inf)
-            best, place = likeness.topk(min(self.neighbours, likeness.shape[1]), dim=-1)  # (G, n)
-            found = torch.isfinite(best)
-            weights = (best.masked_fill(~found, -1e4) / 0.1).softmax(-1) * found
-            return self.gate * torch.einsum("gn,gnkd->gkd", weights, self.values[place])
+            nearest = likeness.masked_fill(self.task < 0, -torch.inf).topk(min(count, len(self)), dim=-1).indices
+            return self.values[nearest.T]
 
     def offer(self, key: Tensor, value: Tensor, task: int, accuracy: float, threshold: float, step: int) -> bool:
         """Store (key (E,), value (K, D)) of `task` if accuracy beats the threshold and the task's own entry.

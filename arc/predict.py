@@ -29,11 +29,14 @@ from arc.evidence import EvidenceStore
 from arc.loading import batches_of, make_loader, waiting_workers, worker_count
 from arc.parallel import Team
 from arc.qwen import ContextEncoder
-from arc.refine import Act, cross_fitted, held_out_loss
-from arc.run.budget import FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
+from arc.refine import Act, best_first, cross_fitted, pairs_loss
+from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
 from arc.run.runlog import RunLog
 from arc.splits import Split
 from arc.tasks import Grid, Task
+
+NEAR = 0.9  # share of the demonstrations' cells that an agent has right which may answer first (development split)
+REFINED_STARTS = 4  # of a task's prompts those that do best as they are; more of them brought nothing
 
 T = TypeVar("T")
 # queries with the agent's output under the unrefined and under the refined prompt
@@ -239,6 +242,8 @@ class Effort(Protocol):
     val_views: int
     refine_steps: int
     feedback_pairs: int
+    recall: int
+    no_memory: bool
     no_policy: bool
     max_cells: int
     workers: int
@@ -247,11 +252,14 @@ class Effort(Protocol):
 def prediction_cost(args: Effort, tasks: Sequence[Task], splits: int, store: EvidenceStore) -> PredictionCost:
     """What predicting the test pairs of the tasks of so many splits takes, from sizes that are known beforehand."""
     views = args.val_views + (STEP_VIEWS * args.refine_steps if args.refine_steps > 1 else 0)
+    starts = 1 + (0 if args.no_memory else args.recall)
+    refined = 0 if args.no_policy else min(starts, REFINED_STARTS)
+    tries = TRIAL_VIEWS + CHOICE_VIEWS * sum(count for count in (starts, refined) if count > 1)
     cells = 0.0
     for task in tasks:
         demonstrations = [pair.input.size for pair in task.train]
-        cells += views * sum(pair.input.size for pair in task.test) + TRIAL_VIEWS * sum(demonstrations)
-        cells += 0.0 if args.no_policy else FEEDBACK_VIEWS * sum(demonstrations[: args.feedback_pairs])
+        cells += views * sum(pair.input.size for pair in task.test) + tries * sum(demonstrations)
+        cells += FEEDBACK_VIEWS * refined * sum(demonstrations[: args.feedback_pairs])
     missing = sum(not store.is_prepared(task) for task in tasks) / max(1, waiting_workers(args.workers))
     return PredictionCost(cells, missing, sum(len(task.test) for task in tasks), splits)
 
@@ -269,7 +277,8 @@ class Predictor:
 
     args: Effort
     agent: GridAgent
-    read: Callable[[PredictionBatch], Tensor]  # the unrefined prompts (G, K, D) of a batch
+    read: Callable[[PredictionBatch], tuple[Tensor, Tensor]]  # the contexts' prompts (G, K, D) and embeddings (G, E)
+    recall: Callable[[Tensor], Tensor]  # embeddings -> n prompts of the memory for each, (n, G, K, D)
     act: Act | None  # a step of the policy; None: no refinement
     score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # grids, targets -> exact, share of cells right: (B,) each
     encode: ContextEncoder
@@ -308,9 +317,10 @@ class Predictor:
 
     @torch.no_grad()
     def batch(self, numbers: Tensor, known: Prompts, fetched: PredictionBatch) -> BatchPrediction:
-        """The agent's output under the unrefined and the refined prompt; the policy takes the mean of its action.
+        """The agent's output under the prompt that Qwen reads and under the one that is chosen and refined; the policy
+        takes the mean of its action.
 
-        numbers: of all tasks being predicted, the number that the memory knows each by (`Split.numbers`). known:
+        numbers: of all tasks being predicted, the number that its latent is found by (`Split.numbers`). known:
         prompts of earlier rounds, by the positions of a batch's tasks; a batch without demonstrations to try takes them
         from there."""
         self.check()
@@ -318,9 +328,9 @@ class Predictor:
         batch = dataclasses.replace(fetched, task=numbers[fetched.task]).to(self.device)
         with self.precision.autocast(self.device):
             if positions not in known or batch.trial:
-                prompt = self.read(batch)
+                prompt, key = self.read(batch)
                 trusted = self.beats_evidence(prompt, batch.trial).tolist()
-                known[positions] = prompt, self.refine(batch, prompt), trusted
+                known[positions] = prompt, self.refine(batch, prompt, self.recall(key)), trusted
             prompt, refined, trusted = known[positions]
             passes = []
             for query in batch.query:
@@ -328,31 +338,41 @@ class Predictor:
                 passes.append((query, before, before if refined is prompt else self.agent(query, refined)))
         return BatchPrediction(passes, trusted)
 
-    def refine(self, batch: PredictionBatch, prompt: Tensor) -> Tensor:
+    def refine(self, batch: PredictionBatch, prompt: Tensor, recalled: Tensor) -> Tensor:
+        """(G, K, D): of prompt (G, K, D) and what the memory recalled (n, G, K, D) the one under which the agent does
+        best on the demonstrations, each with the evidence of the others; where there is a policy, the best few are
+        refined before the last choice."""
+        judge = functools.partial(pairs_loss, self.agent)
+        starts = best_first([prompt, *recalled], batch.trial, judge)
+        if self.act is None:
+            return starts[0]
+        return best_first([self.refined(batch, start) for start in starts[:REFINED_STARTS]], batch.trial, judge)[0]
+
+    def refined(self, batch: PredictionBatch, prompt: Tensor) -> Tensor:
         """The policy's action taken once on prompt (G, K, D), or as often as held-out demonstrations find best, each
         time with feedback under the prompt that it starts from."""
-        if self.act is None:
-            return prompt
+        assert self.act is not None
         if batch.folds is None:
             return self.act(prompt, batch.feedback)
-        judge = functools.partial(held_out_loss, self.agent)
+        judge = functools.partial(pairs_loss, self.agent)
         return cross_fitted(prompt, batch.feedback, batch.folds, self.act, judge, self.args.refine_steps).prompt
 
     def beats_evidence(self, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
         """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the
         demonstrations, each with the evidence of the others: more of them exact; or, where the vote has none exact,
         more cells right. (They say little of a task that the vote can solve: training mends cells and breaks grids that
-        were right.) Never for a task with one demonstration, where there are no others.
+        were right.) Never where fewer than NEAR of its cells are right: it will not have a whole grid right then. Never
+        for a task with one demonstration, where there are no others.
 
         The prompt has read all demonstrations, and on tasks that were trained on the agent has met them, so the
         comparison leans to the agent; that it gains all the same was measured on the development split. It is the
-        unrefined prompt: the refined one was fitted to some of these outputs."""
-        totals = torch.zeros(len(prompt), 4, device=prompt.device)
+        prompt that Qwen reads: what the memory recalls was chosen, and the refined one fitted, by these outputs."""
+        totals = torch.zeros(len(prompt), 5, device=prompt.device)
         for query in trial:
             exact, cells = self.score(self.agent(query, prompt).predicted_grid(query), query.target_grid)
             vote_exact, vote_cells = self.score(voted_grid(query), query.target_grid)
-            found = (exact.float(), vote_exact.float(), cells - vote_cells, torch.ones_like(cells))
+            found = (exact.float(), vote_exact.float(), cells, cells - vote_cells, torch.ones_like(cells))
             totals.index_add_(0, query.owner, torch.stack(found, 1))
-        ours, theirs, cells, count = totals.unbind(1)
-        better = (ours > theirs) | ((theirs == 0) & (cells > 1e-6))  # sums of floats: equal up to rounding is no gain
-        return better & (count > 1)
+        ours, theirs, cells, gain, count = totals.unbind(1)
+        better = (ours > theirs) | ((theirs == 0) & (gain > 1e-6))  # sums of floats: equal up to rounding is no gain
+        return better & (cells >= NEAR * count) & (count > 1)

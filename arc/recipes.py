@@ -26,6 +26,7 @@ DRAWN: Mapping[str, Any] = {
     "feedback_pairs": 1,  # under --recipe gpu too
     "refined_views": 1,
     "w_size": 0.5,
+    "recall": 16,
 }
 
 # --recipe gpu: an agent of tens of millions of parameters, trained on the demonstrations of both sets. Sizes are those

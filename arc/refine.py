@@ -1,4 +1,5 @@
-"""Refining prompts at test time in several steps: how many is decided on demonstrations that the steps did not see.
+"""Choosing prompts at test time: by how they do on the task's demonstrations, and, where refinement may take several
+steps, their number by demonstrations that the steps did not see.
 
 Nothing here knows a test output: what it is given are demonstration pairs as queries. How a step is made and how a
 prompt is judged are the caller's.
@@ -17,7 +18,7 @@ from arc.batches import Folds, QueryBatch
 
 Context = Sequence[QueryBatch]
 Act = Callable[[Tensor, Context], Tensor]  # prompts (P, K, D), pairs that give feedback -> the prompts a step further
-Judge = Callable[[Tensor, Context], Tensor]  # prompts (P, K, D), one pair for each -> (P,) losses
+Judge = Callable[[Tensor, Context], Tensor]  # prompts (P, K, D), pairs that try them -> (P,) losses
 
 
 @dataclass
@@ -57,9 +58,19 @@ def cross_fitted(prompt: Tensor, context: Context, folds: Folds, act: Act, judge
     return Refinement(torch.stack(trail)[best, everyone], best, held_out)
 
 
+def best_first(prompts: Sequence[Tensor], pairs: Context, judge: Judge) -> Sequence[Tensor]:
+    """Several prompts for each task, (G, K, D) each, in the order of their losses on the task's pairs; equals stay in
+    theirs, and a loss that is not finite comes last. One alone is not judged."""
+    if len(prompts) == 1:
+        return prompts
+    losses, tasks = torch.stack([judge(prompt, pairs) for prompt in prompts]), torch.arange(len(prompts[0]))
+    order = torch.where(losses.isfinite(), losses, torch.inf).argsort(dim=0, stable=True)  # (n, G)
+    return list(torch.stack(list(prompts))[order, tasks.to(order.device)])
+
+
 @torch.no_grad()
-def held_out_loss(agent: GridAgent, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
-    """(P,) mean cross-entropy under prompt (P, K, D) of the demonstrations held out, one for each prompt."""
+def pairs_loss(agent: GridAgent, prompt: Tensor, pairs: Context) -> Tensor:
+    """(P,) mean cross-entropy of a pair's cells under prompt (P, K, D), summed over each prompt's pairs."""
     total = torch.zeros(len(prompt), device=prompt.device)
     for query in pairs:
         total.index_add_(0, query.owner, agent(query, prompt).pair_loss(query))

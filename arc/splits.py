@@ -23,7 +23,7 @@ from arc.run.files import UserError
 from arc.run.flags import comma_separated
 from arc.tasks import DataSet, Pair, Task, drop_duplicates, same_content
 
-# The memory's number for a task that is none of the training tasks: no entry is its own, it may read them all.
+# The number of a task that is none of the training tasks: no latent is its own.
 NEW = -2
 
 DEV_SPLITS = ("dev_unseen", "dev_seen")
@@ -43,8 +43,7 @@ LABELS = {
 class Split:
     """Tasks whose test pairs are predicted and scored together.
 
-    numbers: for each task its position among the training tasks, which is the number the memory knows it by, or NEW. A
-    task never reads its own entry of the memory, in training or here (see arc/memory.py).
+    numbers: for each task its position among the training tasks, which is the number its latent is found by, or NEW.
     """
 
     name: str

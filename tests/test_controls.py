@@ -40,16 +40,17 @@ def test_without_the_memory_nothing_is_stored(small_run: SmallRun, tmp_path: Pat
     assert "Memory: 0 of 0 offers stored" in outcome.stdout
 
 
-@pytest.mark.parametrize("read", [True, False])
-def test_without_the_memory_no_prompt_depends_on_it(small_build: SmallBuild, read: bool) -> None:
-    run = small_build(*([] if read else ["--no_memory"]))
+@pytest.mark.parametrize(
+    ("flags", "count"), [((), 0), (("--recall", "9"), 3), (("--recall", "2"), 2), (("--recall", "2", "--no_memory"), 0)]
+)
+def test_as_much_is_recalled_as_was_asked_for(small_build: SmallBuild, flags: tuple[str, ...], count: int) -> None:
+    run = small_build(*flags)
     (batch,) = train_batches(run, 1)
     with torch.no_grad():
-        before, embedding = read_prompt(run, batch)
-        for number, value in enumerate(torch.ones(3, *before.shape[1:])):
-            assert run.memory.offer(embedding[0], value, 1000 + number, 1.0, 0.5, step=0)
-        after, _ = read_prompt(run, batch)
-    assert torch.equal(before, after) != read
+        prompt, key = read_prompt(run, batch)
+    for number, value in enumerate(torch.ones(3, *prompt.shape[1:])):
+        assert run.memory.offer(key[0], value, 1000 + number, 1.0, 0.5, step=0)
+    assert len(predictor(run).recall(key)) == count
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from trainloop_complete_with_fixes import (
     FixedMemoryThreshold,
     Run,
     mean_per_owner,
+    predictor,
     read_prompt,
 )
 
@@ -119,11 +120,12 @@ def test_the_threshold_survives_a_checkpoint() -> None:
     assert restored.get_threshold() == threshold.get_threshold() != DynamicMemoryThreshold().get_threshold()
 
 
-def test_what_is_stored_changes_the_prompts_of_other_tasks(small_build: SmallBuild) -> None:
-    run = small_build()
+def test_what_is_stored_is_recalled_for_other_tasks_and_not_while_training(small_build: SmallBuild) -> None:
+    run = small_build("--recall", "4")
     batch = next(b for b in train_batches(run, 6) if len(b.task.unique()) > 1)
-    empty, embedding = read_prompt(run, batch)
-    owner = int(batch.task[0])
-    assert run.memory.offer(embedding[0].detach(), torch.ones(2, 8), owner, 1.0, run.fixes.threshold.get_threshold(), 0)
-    changed = (read_prompt(run, batch)[0] != empty).flatten(1).any(1)
-    assert changed.tolist() == (batch.task != owner).tolist()  # a task does not read its own entry
+    before, key = read_prompt(run, batch)
+    assert len(predictor(run).recall(key)) == 0
+    value, threshold = torch.ones(2, 8), run.fixes.threshold.get_threshold()
+    assert run.memory.offer(key[0].detach(), value, int(batch.task[0]), 1.0, threshold, 0)
+    assert torch.equal(predictor(run).recall(key), value.expand(1, len(key), 2, 8))
+    assert torch.equal(read_prompt(run, batch)[0], before)

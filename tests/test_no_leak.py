@@ -15,7 +15,7 @@ from helpers import FAST, differences, load, timeless
 
 from arc.datasets import load_dataset
 
-FLAGS = ("--epochs", "2", "--save_every", "4", *FAST)
+FLAGS = ("--epochs", "2", "--save_every", "4", "--recall", "4", *FAST)
 Change = Callable[[dict[str, Any]], None]
 RunOn = Callable[[Path], Outcome]
 

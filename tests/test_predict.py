@@ -88,29 +88,28 @@ def test_no_dissent_where_all_agree() -> None:
 
 
 class Corrector(torch.nn.Module):
-    """Stands before the agent and changes its answers on some tasks: to the target (`right`), to the target but for one
-    cell (`near`), to what is wrong in every cell (`wrong`)."""
+    """Stands before the agent and changes its answers on some tasks: to the target but for as many of its first cells
+    as `wrong` says (0: the target itself)."""
 
-    def __init__(
-        self, agent: torch.nn.Module, names: list[str], right: list[str], near: list[str], wrong: list[str]
-    ) -> None:
+    def __init__(self, agent: torch.nn.Module, names: list[str], wrong: dict[str, int]) -> None:
         super().__init__()
-        self.agent, self.names, self.right, self.near, self.wrong = agent, names, right, near, wrong
+        self.agent, self.names, self.wrong = agent, names, wrong
 
     def forward(self, query: QueryBatch, prompt: torch.Tensor) -> object:
         output = self.agent(query, prompt)
         logits = output.colour_logits[-1].clone()
         for row, owner in enumerate(query.owner.tolist()):
             name, wanted = self.names[owner], query.target[row].clamp(min=0)
-            if name in (*self.right, *self.near, *self.wrong):
-                shift = torch.full_like(wanted, int(name in self.wrong))
-                shift[0] += name in self.near
+            if name in self.wrong:
+                shift = (torch.arange(len(wanted)) < self.wrong[name]).long()
                 logits[row] = 50.0 * torch.nn.functional.one_hot((wanted + shift) % 10, 10)
         output.colour_logits[-1] = logits
         return output
 
 
-def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBuild) -> None:
+def test_the_first_attempt_is_earned_on_the_demonstrations(
+    small_build: SmallBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The vote solves all demonstrations of crop, flip and recolour, and none of the others."""
     run = small_build()
     torch.nn.init.zeros_(run.agent.prompt_trust.weight)  # under any prompt: what the evidence votes for
@@ -119,18 +118,22 @@ def test_the_first_attempt_is_earned_on_the_demonstrations(small_build: SmallBui
     batch = data[tuple(range(len(names)))]
     assert sum(len(query) for query in batch.trial) == sum(len(task.train) for task in run.training)
 
-    def trusted(right: list[str], near: list[str], wrong: list[str]) -> set[str]:
-        corrector: Any = Corrector(run.agent, names, right, near, wrong)
+    def trusted(**wrong: int) -> set[str]:
+        corrector: Any = Corrector(run.agent, names, wrong)
         judged = dataclasses.replace(predictor(run), agent=corrector).beats_evidence(prompt, batch.trial).tolist()
         return {name for name, better in zip(names, judged, strict=True) if better}
 
     with torch.no_grad():
         prompt, _ = read_prompt(run, batch)
-        assert trusted([], [], []) == set()  # as good as the vote is not better
-        assert trusted(["count", "crop"], [], ["sort", "flip"]) == {"count"}
-        assert trusted([], ["sort", "crop", "flip"], []) == {"sort"}  # nearly right beats a vote with none right
+        assert trusted() == set()  # as good as the vote is not better
+        assert trusted(count=0, crop=0, sort=99, flip=99) == {"count"}
+        assert trusted(sort=1, crop=1, flip=1) == {"sort"}  # nearly right beats a vote with none right
+        assert trusted(sort=3) == set()  # too far from right, though better than the vote:
+        with monkeypatch.context() as patched:
+            patched.setattr("arc.predict.NEAR", 0.0)
+            assert trusted(sort=3) == {"sort"}
         one = [query.rows(torch.tensor([0])) for query in batch.trial]  # a demonstration of some tasks, and no more
-        corrector: Any = Corrector(run.agent, names, names, [], [])
+        corrector: Any = Corrector(run.agent, names, dict.fromkeys(names, 0))
         assert not dataclasses.replace(predictor(run), agent=corrector).beats_evidence(prompt, one).any()
 
 

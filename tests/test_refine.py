@@ -4,6 +4,7 @@ best, no output that is to be predicted enters, and one step is the policy's act
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from arc.augment import evaluation_views
 from arc.batches import MAX_FOLDS, Folds, PredictionBatch, PredictionData, QueryBatch, TensorBundle
-from arc.refine import Context, Refinement, cross_fitted, held_out_loss
+from arc.refine import Context, Refinement, best_first, cross_fitted, pairs_loss
 from arc.splits import NEW
 from arc.tasks import Pair, Task
 from benchmarks import refinement as benchmark
@@ -76,6 +77,23 @@ def test_ties_go_to_fewer_steps_and_a_task_without_folds_takes_one() -> None:
     chosen = choose(losses, [0, 1, 3], groups=4)
     assert chosen.steps.tolist() == [0, 1, 1, 2]
     assert bool(chosen.held_out[:, 2].isnan().all())
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 3))
+def test_prompts_come_in_the_order_of_their_losses(data: st.DataObject, count: int, groups: int) -> None:
+    rows = st.lists(LOSSES, min_size=groups, max_size=groups)
+    losses = torch.tensor(data.draw(st.lists(rows, min_size=count, max_size=count)))
+    prompts = torch.arange(count * groups).view(count, groups, 1, 1).unbind()
+
+    def judge(prompt: Tensor, _: Context) -> Tensor:
+        return losses.flatten()[prompt[:, 0, 0]]
+
+    ordered = torch.stack(list(best_first(prompts, [], judge)))[..., 0, 0]  # (n, G) places in the flat losses
+    for task in range(groups):
+        own = losses[:, task].tolist()
+        key = [(loss if np.isfinite(loss) else np.inf, place) for place, loss in enumerate(own)]
+        assert (ordered[:, task] // groups).tolist() == [place for _, place in sorted(key)]
+        assert (ordered[:, task] % groups).tolist() == [task] * count  # its own prompts and no other's
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -140,7 +158,7 @@ def gradient_steps(run: Run, size: float) -> Any:
 def refine(run: Run, batch: PredictionBatch, prompt: Tensor, act: Any) -> Refinement:
     assert batch.folds is not None
     return cross_fitted(
-        prompt, batch.feedback, batch.folds, act, lambda p, pairs: held_out_loss(run.agent, p, pairs), STEPS
+        prompt, batch.feedback, batch.folds, act, lambda p, pairs: pairs_loss(run.agent, p, pairs), STEPS
     )
 
 
@@ -155,7 +173,7 @@ def test_refined_is_never_worse_than_unrefined_on_the_pairs_that_judge(run: Run,
     # The losses are those of the held-out demonstrations: made again here from prompts refined fold by fold.
     trial = prompt.detach()[batch.folds.task]
     for held_out in found.held_out:
-        losses = held_out_loss(run.agent, trial, batch.folds.judge)
+        losses = pairs_loss(run.agent, trial, batch.folds.judge)
         for task in range(len(run.training)):
             assert float(losses[batch.folds.task == task].mean()) == pytest.approx(float(held_out[task]), rel=1e-4)
         trial = gradient_steps(run, 0.5)(trial, batch.folds.learn)
@@ -178,10 +196,29 @@ def test_one_step_is_the_policy_s_action_bit_for_bit(run: Run, batch: Prediction
         action = run.policy.refine_prompt(prompt, context_feedback(run.agent, batch.feedback, prompt)).prompt
         plain = fetched(run, [*run.training, single(run.training[0])], folds=False)
         assert plain.folds is None and equal(plain.query, batch.query) and equal(plain.feedback, batch.feedback)
-        assert same_bits(predictor(run).refine(plain, prompt), action)
-        several = predictor(run).refine(batch, prompt)
+        assert same_bits(predictor(run).refined(plain, prompt), action)
+        several = predictor(run).refined(batch, prompt)
     assert same_bits(several[-1], action[-1])  # the task with a single demonstration stops at the first
     assert not torch.equal(several, action)
+
+
+@torch.no_grad()
+def test_what_the_memory_recalls_is_taken_where_it_does_better(run: Run, batch: PredictionBatch) -> None:
+    """Each task takes, of its own prompt and three of others, the one that suits its demonstrations best."""
+    judge = functools.partial(pairs_loss, run.agent)
+    prompt, _ = read_prompt(run, batch)
+    better, worse = (gradient_steps(run, size)(prompt, batch.trial) for size in (0.05, -0.5))
+    stored = torch.stack((better[0], better[3], worse[1]))
+    candidates = [prompt, *(value.expand_as(prompt) for value in stored)]
+    best = torch.stack([judge(candidate, batch.trial) for candidate in candidates]).argmin(0).tolist()
+    assert 0 in best and len(set(best)) > 2
+    chosen = dataclasses.replace(predictor(run), act=None).refine(
+        batch, prompt, stored[:, None].expand(-1, *prompt.shape)
+    )
+    for task, choice in enumerate(best):
+        assert same_bits(chosen[task], candidates[choice][task])
+    few = predictor(run).refine(batch, prompt, stored[:, None].expand(-1, *prompt.shape))
+    assert bool((judge(few, batch.trial) <= judge(predictor(run).refined(batch, chosen), batch.trial)).all())
 
 
 def test_refining_is_repeatable_and_draws_nothing(run: Run, batch: PredictionBatch) -> None:
