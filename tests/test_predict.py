@@ -14,7 +14,8 @@ from arc.augment import evaluation_views
 from arc.batches import PredictionBatch, PredictionData, QueryBatch
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
-from arc.predict import BatchPrediction, PairPrediction, predict_tasks
+from arc.predict import BatchPrediction, PairPrediction, predict_tasks, prediction_cost
+from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS
 from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import predictor, read_prompt
 
@@ -150,3 +151,22 @@ def test_trust_reaches_the_pairs_of_its_task(small_build: SmallBuild) -> None:
 
     found = predict_tasks(tasks, [data[2, 0], data[(1,)]], predict, run.store)
     assert {(pair.task.id, pair.trusted) for pair in found} == {(task.id, task is tasks[1]) for task in tasks}
+
+
+def test_trying_what_the_memory_recalls_is_reckoned_with(small_build: SmallBuild) -> None:
+    """Its prompts and the one that Qwen reads answer every demonstration, the four best once more when refined."""
+    run = small_build()
+    demonstrations = sum(pair.input.size for task in run.training for pair in task.train)
+    first = sum(task.train[0].input.size for task in run.training)
+
+    def cells(**changes: Any) -> float:
+        args = dataclasses.replace(run.args, feedback_pairs=1, **changes)
+        return prediction_cost(args, run.training, 1, run.store).cells
+
+    without = cells(recall=0)
+    assert cells(recall=9, no_memory=True) == without
+    more = CHOICE_VIEWS * (10 + 4) * demonstrations + FEEDBACK_VIEWS * 3 * first
+    assert cells(recall=9) == pytest.approx(without + more)
+    refining = FEEDBACK_VIEWS * first
+    assert cells(recall=0, no_policy=True) == pytest.approx(without - refining)
+    assert cells(recall=1, no_policy=True) == pytest.approx(without - refining + CHOICE_VIEWS * 2 * demonstrations)
