@@ -342,11 +342,10 @@ class Predictor:
         """(G, K, D): of prompt (G, K, D) and what the memory recalled (n, G, K, D) the one under which the agent does
         best on the demonstrations, each with the evidence of the others; where there is a policy, the best few are
         refined before the last choice."""
-        judge = functools.partial(pairs_loss, self.agent)
-        starts = best_first([prompt, *recalled], batch.trial, judge)
+        starts = best_first([prompt, *recalled], batch.trial, self.judge)
         if self.act is None:
             return starts[0]
-        return best_first([self.refined(batch, start) for start in starts[:REFINED_STARTS]], batch.trial, judge)[0]
+        return best_first([self.refined(batch, start) for start in starts[:REFINED_STARTS]], batch.trial, self.judge)[0]
 
     def refined(self, batch: PredictionBatch, prompt: Tensor) -> Tensor:
         """The policy's action taken once on prompt (G, K, D), or as often as held-out demonstrations find best, each
@@ -354,8 +353,11 @@ class Predictor:
         assert self.act is not None
         if batch.folds is None:
             return self.act(prompt, batch.feedback)
-        judge = functools.partial(pairs_loss, self.agent)
-        return cross_fitted(prompt, batch.feedback, batch.folds, self.act, judge, self.args.refine_steps).prompt
+        return cross_fitted(prompt, batch.feedback, batch.folds, self.act, self.judge, self.args.refine_steps).prompt
+
+    def judge(self, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
+        """(P,) the agent's losses under prompt (P, K, D) on the pairs."""
+        return pairs_loss(self.agent, prompt, pairs)
 
     def beats_evidence(self, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:
         """(G,) bool: whether the agent under prompt (G, K, D) does better than the evidence's vote on the

@@ -63,9 +63,9 @@ def best_first(prompts: Sequence[Tensor], pairs: Context, judge: Judge) -> Seque
     theirs, and a loss that is not finite comes last. One alone is not judged."""
     if len(prompts) == 1:
         return prompts
-    losses, tasks = torch.stack([judge(prompt, pairs) for prompt in prompts]), torch.arange(len(prompts[0]))
-    order = torch.where(losses.isfinite(), losses, torch.inf).argsort(dim=0, stable=True)  # (n, G)
-    return list(torch.stack(list(prompts))[order, tasks.to(order.device)])
+    losses = torch.stack([judge(prompt, pairs) for prompt in prompts])  # (n, G)
+    order = torch.where(losses.isfinite(), losses, torch.inf).argsort(dim=0, stable=True)
+    return list(torch.stack(list(prompts))[order, torch.arange(order.shape[1], device=order.device)])
 
 
 @torch.no_grad()

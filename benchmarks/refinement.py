@@ -36,7 +36,7 @@ from arc.augment import evaluation_views  # noqa: E402
 from arc.batches import PredictionBatch, PredictionData, QueryBatch, prediction_order  # noqa: E402
 from arc.evaluate import cell_accuracy, paired_delta  # noqa: E402
 from arc.predict import PairPrediction, collect  # noqa: E402
-from arc.refine import cross_fitted, pairs_loss  # noqa: E402
+from arc.refine import best_first, cross_fitted, pairs_loss  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
 from arc.splits import Split  # noqa: E402
 from arc.tasks import Task  # noqa: E402
@@ -169,14 +169,11 @@ class Methods:
 
     def random(self, tries: int, batch: PredictionBatch, prompt: Tensor) -> Tensor:
         """Gaussian deltas with a tenth of the prompt's root mean square; the unrefined prompt is a candidate too."""
-        best, least = prompt, pairs_loss(self.run.agent, prompt, batch.feedback)
         scale = 0.1 * prompt.square().mean((1, 2), keepdim=True).sqrt()
-        for _ in range(tries):
-            tried = prompt + scale * torch.randn(prompt.shape, generator=self.generator).to(prompt.device)
-            loss = pairs_loss(self.run.agent, tried, batch.feedback)
-            best = torch.where((loss < least)[:, None, None], tried, best)
-            least = torch.minimum(loss, least)
-        return best
+        tried = [
+            prompt + scale * torch.randn(prompt.shape, generator=self.generator).to(prompt.device) for _ in range(tries)
+        ]
+        return best_first([prompt, *tried], batch.feedback, functools.partial(pairs_loss, self.run.agent))[0]
 
     def foreign(self, batch: PredictionBatch, prompt: Tensor) -> Tensor:
         """The policy's action on the feedback of the next task in the batch."""
