@@ -232,7 +232,7 @@ class Flags:
     policy_samples: int = flag(FIX_26, 4, "actions an episode under rloo", whole(2, 64))
     no_policy: bool = flag(FIX_26, False, "control: no refinement, the agent trained on one pass")
     refined_views: int = flag(FIX_26, 1, "views answered after refinement too", whole(1, 64))
-    refine_steps: int = flag(FIX_26, 1, "of evaluation: steps at most; held-out pairs decide", whole(1, 100), FREE)
+    refine_steps: int = flag(FIX_26, 1, "of evaluation: steps at most; demonstrations decide", whole(1, 100), FREE)
     feedback_pairs: int = flag(FIX_26, 1, "context pairs that give feedback", whole(1, 2))
     w_risk: float = flag(FIX_26, EfeWeights.risk, "weight of the efe term risk", real(0))
     w_ambiguity: float = flag(FIX_26, EfeWeights.ambiguity, "weight of the efe term ambiguity", real(0))

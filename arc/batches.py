@@ -289,26 +289,14 @@ def collate_in_buckets(
     return [collate_queries([queries[number] for number in group]) for group in groups]
 
 
-@dataclass
-class Folds(TensorBundle):
-    """Demonstrations of G tasks taken in turn as if they were test pairs, P folds in all, at most MAX_FOLDS a task."""
-
-    task: Tensor  # (P,) int64: whose demonstration is held out, a position in the batch
-    learn: list[QueryBatch]  # pairs that give feedback; owner: the fold, whose output is in none of their evidence
-    judge: list[QueryBatch]  # the held-out demonstrations; owner: the fold
-
-
 @dataclass(frozen=True)
 class Round:
     """Tasks under some of the views only: how a prediction that has to end in time goes over all tasks again and again.
-    first: with what decides the tasks' prompts (feedback, trial, folds), which later rounds know already."""
+    first: with what decides the tasks' prompts (feedback, trial), which later rounds know already."""
 
     positions: tuple[int, ...]
     views: tuple[int, ...]
     first: bool
-
-
-MAX_FOLDS = 4  # more demonstrations than that are rare, and each costs as much again
 
 
 @dataclass
@@ -323,7 +311,6 @@ class PredictionBatch(TensorBundle):
     query: list[QueryBatch]  # owner says which of the G tasks, `number` which of its test pairs
     feedback: list[QueryBatch]
     trial: list[QueryBatch]  # every demonstration, to be answered from the others
-    folds: Folds | None  # to decide by how many refinement steps help, where that is asked for
 
 
 class Prepared(torch.utils.data.Dataset):
@@ -349,12 +336,11 @@ class PredictionData(torch.utils.data.Dataset):
         *,
         views: Sequence[Augmentation],
         feedback_pairs: int,
-        folds: bool = False,
         spare: int = PASS_TOKENS,
     ) -> None:
         self.tasks, self.store, self.encode, self.spare = tasks, store, encode, spare
         self.collate = functools.partial(collate_in_buckets, spare=spare)
-        self.views, self.feedback_pairs, self.folds = views, feedback_pairs, folds
+        self.views, self.feedback_pairs = views, feedback_pairs
 
     def __getitem__(self, key: tuple[int, ...] | Round) -> PredictionBatch:
         everything = tuple(range(len(self.views)))
@@ -391,27 +377,7 @@ class PredictionData(torch.utils.data.Dataset):
             query=self.collate(queries),
             feedback=self.collate(feedback),
             trial=self.collate([query for pairs in demonstrations for query in pairs]),
-            folds=self.folds_of(wanted.positions) if self.folds and wanted.first else None,
         )
-
-    def folds_of(self, positions: Sequence[int]) -> Folds:
-        """The tasks' demonstrations held out in turn: the situation of a training episode, feedback included."""
-        owners: list[int] = []
-        learn: list[Query] = []
-        judge: list[Query] = []
-        for owner, position in enumerate(positions):
-            task = self.tasks[position]
-            known, count = self.store.get(task), len(task.train)
-            for held_out in range(min(count, MAX_FOLDS) if count > 1 else 0):
-                fold, pair = len(owners), task.train[held_out]
-                owners.append(owner)
-                evidence = known.held_out(held_out)
-                judge.append(make_query(pair.input, pair.output, evidence, Augmentation.IDENTITY, fold))
-                for other in feedback_indices(count, held_out, self.feedback_pairs):
-                    pair, evidence = task.train[other], known.held_out(other, without=held_out)
-                    learn.append(make_query(pair.input, pair.output, evidence, Augmentation.IDENTITY, fold))
-        task_of_fold = torch.tensor(owners, dtype=torch.long)
-        return Folds(task=task_of_fold, learn=self.collate(learn), judge=self.collate(judge))
 
 
 def prediction_order(tasks: Sequence[Task], *, views: int, max_cells: int) -> list[tuple[int, ...]]:

@@ -29,8 +29,6 @@ class Settings(Protocol):
     adapt: bool
     dev: bool
     task_latent: bool
-    no_policy: bool
-    refine_steps: int
     device: str
     amp: str
     fsdp: bool
@@ -103,8 +101,6 @@ def problems_of_all(args: Settings) -> list[str]:
         found.append("--fsdp computes in bf16 or fp32: --amp bf16, or --amp off")
     if args.fsdp and (args.qwen_tune != "full" or ablated or args.optim_qwen == "adamw8bit"):
         found.append("--fsdp divides a Qwen that trains whole: --qwen_tune full --optim_qwen adamw, without --ablate 1")
-    if args.no_policy and args.refine_steps > 1:
-        found.append(f"--refine_steps {args.refine_steps}: there are no steps under --no_policy")
     if args.dev and args.submission is not None:
         found.append("--submission predicts test inputs, which --dev keeps away from")
     return [problem for problem in found if problem]

@@ -29,8 +29,8 @@ from arc.evidence import EvidenceStore
 from arc.loading import batches_of, make_loader, waiting_workers, worker_count
 from arc.parallel import Team
 from arc.qwen import ContextEncoder
-from arc.refine import Act, best_first, cross_fitted, pairs_loss
-from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS, STEP_VIEWS, TRIAL_VIEWS, PredictionCost
+from arc.refine import Act, best_first, farther, pairs_loss
+from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS, TRIAL_VIEWS, PredictionCost
 from arc.run.runlog import RunLog
 from arc.splits import Split
 from arc.tasks import Grid, Task
@@ -251,14 +251,14 @@ class Effort(Protocol):
 
 def prediction_cost(args: Effort, tasks: Sequence[Task], splits: int, store: EvidenceStore) -> PredictionCost:
     """What predicting the test pairs of the tasks of so many splits takes, from sizes that are known beforehand."""
-    views = args.val_views + (STEP_VIEWS * args.refine_steps if args.refine_steps > 1 else 0)
     starts = 1 + (0 if args.no_memory else args.recall)
-    refined = 0 if args.no_policy else min(starts, REFINED_STARTS)
-    tries = TRIAL_VIEWS + CHOICE_VIEWS * sum(count for count in (starts, refined) if count > 1)
+    refined, steps = (0, 1) if args.no_policy else (min(starts, REFINED_STARTS), args.refine_steps)
+    judged = sum(count for count in (starts, refined, steps) if count > 1)  # one alone is not
+    tries = TRIAL_VIEWS + CHOICE_VIEWS * judged + FEEDBACK_VIEWS * (steps - 1)
     cells = 0.0
     for task in tasks:
         demonstrations = [pair.input.size for pair in task.train]
-        cells += views * sum(pair.input.size for pair in task.test) + tries * sum(demonstrations)
+        cells += args.val_views * sum(pair.input.size for pair in task.test) + tries * sum(demonstrations)
         cells += FEEDBACK_VIEWS * refined * sum(demonstrations[: args.feedback_pairs])
     missing = sum(not store.is_prepared(task) for task in tasks) / max(1, waiting_workers(args.workers))
     return PredictionCost(cells, missing, sum(len(task.test) for task in tasks), splits)
@@ -292,11 +292,8 @@ class Predictor:
         """Predict every test pair of the split's tasks. With a deadline *anytime*: the evidence's answer for every pair
         first, then the agent's views in rounds over all pairs until the time is up."""
         args, tasks, views = self.args, split.tasks, evaluation_views(self.args.val_views)
-        folds = args.refine_steps > 1
         spare, asked = spare_tokens(self.device), args.feedback_pairs
-        data = PredictionData(
-            tasks, self.store, self.encode, views=views, feedback_pairs=asked, folds=folds, spare=spare
-        )
+        data = PredictionData(tasks, self.store, self.encode, views=views, feedback_pairs=asked, spare=spare)
         order = prediction_order(tasks, views=len(views), max_cells=4 * args.max_cells)
         predict = functools.partial(self.batch, torch.tensor(split.numbers), {})
         if not math.isfinite(deadline):
@@ -340,20 +337,14 @@ class Predictor:
 
     def refine(self, batch: PredictionBatch, prompt: Tensor, recalled: Tensor) -> Tensor:
         """(G, K, D): of prompt (G, K, D) and what the memory recalled (n, G, K, D) the one under which the agent does
-        best on the demonstrations, each with the evidence of the others; where there is a policy, the best few are
-        refined before the last choice."""
+        best on the demonstrations, each with the evidence of the others. Where there is a policy it acts on the best
+        few before the last choice, then on that again, as often as the demonstrations find best."""
         starts = best_first([prompt, *recalled], batch.trial, self.judge)
         if self.act is None:
             return starts[0]
-        return best_first([self.refined(batch, start) for start in starts[:REFINED_STARTS]], batch.trial, self.judge)[0]
-
-    def refined(self, batch: PredictionBatch, prompt: Tensor) -> Tensor:
-        """The policy's action taken once on prompt (G, K, D), or as often as held-out demonstrations find best, each
-        time with feedback under the prompt that it starts from."""
-        assert self.act is not None
-        if batch.folds is None:
-            return self.act(prompt, batch.feedback)
-        return cross_fitted(prompt, batch.feedback, batch.folds, self.act, self.judge, self.args.refine_steps).prompt
+        acted = [self.act(start, batch.feedback) for start in starts[:REFINED_STARTS]]
+        best = best_first(acted, batch.trial, self.judge)[0]
+        return farther(best, batch.trial, self.act, self.judge, self.args.refine_steps - 1)
 
     def judge(self, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
         """(P,) the agent's losses under prompt (P, K, D) on the pairs."""

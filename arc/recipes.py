@@ -27,6 +27,7 @@ DRAWN: Mapping[str, Any] = {
     "refined_views": 1,
     "w_size": 0.5,
     "recall": 16,
+    "refine_steps": 5,
 }
 
 # --recipe gpu: an agent of tens of millions of parameters, trained on the demonstrations of both sets. Sizes are those

@@ -36,7 +36,7 @@ from arc.augment import evaluation_views  # noqa: E402
 from arc.batches import PredictionBatch, PredictionData, QueryBatch, prediction_order  # noqa: E402
 from arc.evaluate import cell_accuracy, paired_delta  # noqa: E402
 from arc.predict import PairPrediction, collect  # noqa: E402
-from arc.refine import best_first, cross_fitted, pairs_loss  # noqa: E402
+from arc.refine import best_first, farther, pairs_loss  # noqa: E402
 from arc.run.runlog import RunLog  # noqa: E402
 from arc.splits import Split  # noqa: E402
 from arc.tasks import Task  # noqa: E402
@@ -130,12 +130,12 @@ class Methods:
                 self.by_name[f"gradient, step {size:g}, {steps}"] = self.repeated(step, steps)
         for steps in STEPS[1:]:
             step = functools.partial(self.fixed_step, 0.3)
-            self.by_name[f"gradient, step 0.3, up to {steps} cross-fitted"] = self.selected(step, steps)
+            self.by_name[f"gradient, step 0.3, up to {steps}, best on all"] = self.selected(step, steps)
         for tries in TRIES:
             self.by_name[f"random, best of {tries} on the context"] = functools.partial(self.random, tries)
         self.by_name["**policy**"] = self.repeated(self.policy, 1)
         for steps in STEPS[1:]:
-            self.by_name[f"policy, up to {steps} cross-fitted"] = self.selected(self.policy, steps)
+            self.by_name[f"policy, up to {steps}, best on all"] = self.selected(self.policy, steps)
         self.by_name["policy, feedback from another task (control)"] = self.foreign
 
     def feedback(self, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Feedback:
@@ -161,9 +161,7 @@ class Methods:
 
     def selected(self, step: Callable[[Tensor, Sequence[QueryBatch]], Tensor], steps: int) -> Method:
         def refine(batch: PredictionBatch, prompt: Tensor) -> Tensor:
-            assert batch.folds is not None
-            judge = functools.partial(pairs_loss, self.run.agent)
-            return cross_fitted(prompt, batch.feedback, batch.folds, step, judge, steps).prompt
+            return farther(prompt, batch.trial, step, functools.partial(pairs_loss, self.run.agent), steps)
 
         return refine
 
@@ -252,7 +250,6 @@ def prediction_batches(run: Run, tasks: Sequence[Task], views: int) -> Iterator[
         run.qwen.encoder,
         views=evaluation_views(views),
         feedback_pairs=run.args.feedback_pairs,
-        folds=True,
     )
     order = [i for batch in prediction_order(tasks, views=views, max_cells=run.args.max_cells) for i in batch]
     size = math.ceil(len(order) / max(1, len(order) // TASKS_IN_A_BATCH))

@@ -149,16 +149,17 @@ class Operations(TorchDispatchMode):
 
 def bare(run: Run, batches: Sequence[Any]) -> tuple[float, float]:
     """(queries a second, floating-point operations of matrix products a second) of the floor."""
+    counted = batches[SKIPPED:]
     for batch in batches[:SKIPPED]:
         one_step(run, batch)
-    with Operations() as counter:
-        one_step(run, batches[SKIPPED])
-    operations = counter.total / len(batches[SKIPPED].query)
+    with Operations() as counter:  # of the batches that are timed: a query of one batch costs many times another's
+        for batch in counted:
+            one_step(run, batch)
     started = time.perf_counter()
-    for batch in batches[SKIPPED:]:
+    for batch in counted:
         one_step(run, batch)
-    per_second = sum(len(batch.query) for batch in batches[SKIPPED:]) / (time.perf_counter() - started)
-    return per_second, operations * per_second
+    seconds = time.perf_counter() - started
+    return sum(len(batch.query) for batch in counted) / seconds, counter.total / seconds
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1536) -> float:

@@ -1,5 +1,5 @@
-"""Refinement steps at test time (arc/refine.py, --refine_steps): their number is what held-out demonstrations find
-best, no output that is to be predicted enters, and one step is the policy's action."""
+"""Choosing and refining prompts at test time (arc/refine.py, --refine_steps, --recall): the demonstrations decide, no
+output that is to be predicted enters, and one step is the policy's action."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from test_no_leak import absent, data_with, garbage
 from torch import Tensor
 
 from arc.augment import evaluation_views
-from arc.batches import MAX_FOLDS, Folds, PredictionBatch, PredictionData, QueryBatch, TensorBundle
-from arc.refine import Context, Refinement, best_first, cross_fitted, pairs_loss
+from arc.batches import PredictionBatch, PredictionData, TensorBundle
+from arc.refine import Context, best_first, farther, pairs_loss
 from arc.splits import NEW
-from arc.tasks import Pair, Task
+from arc.tasks import Task
 from benchmarks import refinement as benchmark
 from policy_refined import context_feedback
 from trainloop_complete_with_fixes import (
@@ -42,41 +42,23 @@ LOSSES = st.floats(-10, 10, allow_nan=False, width=32) | st.sampled_from([float(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def choose(losses: Tensor, owners: list[int], groups: int) -> Refinement:
-    """What is chosen where the folds' losses after 0, 1, ... steps are the rows of `losses` (S + 1, P). Prompts count
-    their own steps, from 0."""
-    folds = Folds(task=torch.tensor(owners, dtype=torch.long), learn=[], judge=[])
+@settings(max_examples=60)
+@given(st.data(), st.integers(0, 5), st.integers(1, 3))
+def test_as_many_steps_are_taken_as_do_best_and_none_is_among_them(
+    data: st.DataObject, steps: int, groups: int
+) -> None:
+    """losses (S + 1, G): of each task after 0, 1, ... steps. Prompts count their own steps, from 0."""
+    rows = st.lists(LOSSES, min_size=groups, max_size=groups)
+    losses = torch.tensor(data.draw(st.lists(rows, min_size=steps + 1, max_size=steps + 1)))
 
     def judge(prompt: Tensor, _: Context) -> Tensor:
-        return losses[prompt[:, 0, 0].long(), torch.arange(len(prompt))]
+        return losses[prompt[:, 0, 0].long(), torch.arange(groups)]
 
-    return cross_fitted(torch.zeros(groups, 1, 1), [], folds, lambda p, _: p + 1, judge, len(losses) - 1)
-
-
-@settings(max_examples=60)
-@given(st.data(), st.integers(1, 4), st.lists(st.integers(1, 3), min_size=1, max_size=3))
-def test_the_number_of_steps_is_the_best_on_held_out_pairs_and_none_is_among_them(
-    data: st.DataObject, steps: int, folds: list[int]
-) -> None:
-    owners = [task for task, count in enumerate(folds) for _ in range(count)]
-    rows = st.lists(LOSSES, min_size=len(owners), max_size=len(owners))
-    losses = torch.tensor(data.draw(st.lists(rows, min_size=steps + 1, max_size=steps + 1)))
-    chosen = choose(losses, owners, len(folds))
-    assert torch.equal(chosen.prompt[:, 0, 0].long(), chosen.steps)  # the prompt has taken just so many
-    for task in range(len(folds)):
-        mean = losses[:, [fold for fold, owner in enumerate(owners) if owner == task]].mean(1)
-        taken = int(chosen.steps[task])
-        if not bool(torch.isfinite(mean).any()):
-            assert taken == 0
-        else:
-            assert float(mean[taken]) <= float(mean[torch.isfinite(mean)].min()) + 1e-5
-
-
-def test_ties_go_to_fewer_steps_and_a_task_without_folds_takes_one() -> None:
-    losses = torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.0, 0.4], [1.0, 1.0, 0.3], [1.0, 3.0, 0.9]])
-    chosen = choose(losses, [0, 1, 3], groups=4)
-    assert chosen.steps.tolist() == [0, 1, 1, 2]
-    assert bool(chosen.held_out[:, 2].isnan().all())
+    taken = farther(torch.zeros(groups, 1, 1), [], lambda p, _: p + 1, judge, steps)[:, 0, 0].long()
+    usable = torch.where(losses.isfinite(), losses, torch.inf)
+    for task in range(groups):
+        best = float(usable[:, task].min())
+        assert int(taken[task]) == usable[:, task].tolist().index(best)  # the fewest at a tie
 
 
 @given(st.data(), st.integers(1, 5), st.integers(1, 3))
@@ -115,8 +97,8 @@ def run(small_build: SmallBuild) -> Run:
     return run
 
 
-def fetched(run: Run, tasks: list[Task], *, folds: bool = True) -> PredictionBatch:
-    data = PredictionData(tasks, run.store, run.qwen.encoder, views=evaluation_views(2), feedback_pairs=2, folds=folds)
+def fetched(run: Run, tasks: list[Task]) -> PredictionBatch:
+    data = PredictionData(tasks, run.store, run.qwen.encoder, views=evaluation_views(2), feedback_pairs=2)
     return data[tuple(range(len(tasks)))]
 
 
@@ -155,51 +137,28 @@ def gradient_steps(run: Run, size: float) -> Any:
 
 
 @torch.no_grad()
-def refine(run: Run, batch: PredictionBatch, prompt: Tensor, act: Any) -> Refinement:
-    assert batch.folds is not None
-    return cross_fitted(
-        prompt, batch.feedback, batch.folds, act, lambda p, pairs: pairs_loss(run.agent, p, pairs), STEPS
-    )
+def test_steps_go_on_while_the_demonstrations_gain_and_no_task_ends_worse(run: Run, batch: PredictionBatch) -> None:
+    prompt, judge = read_prompt(run, batch)[0], functools.partial(pairs_loss, run.agent)
+    act, trail = gradient_steps(run, 0.5), [prompt]
+    for _ in range(STEPS):
+        trail.append(act(trail[-1], batch.trial))
+    best = torch.stack([judge(step, batch.trial) for step in trail]).min(0).values
+    found = judge(farther(prompt, batch.trial, act, judge, STEPS), batch.trial)
+    assert torch.equal(found, best) and bool((best < judge(prompt, batch.trial)).any())
+    assert same_bits(farther(prompt, batch.trial, lambda start, _: start * torch.nan, judge, STEPS), prompt)
 
 
-def test_refined_is_never_worse_than_unrefined_on_the_pairs_that_judge(run: Run, batch: PredictionBatch) -> None:
+@torch.no_grad()
+def test_one_step_is_the_policy_s_action_bit_for_bit_and_more_do_not_harm(run: Run, batch: PredictionBatch) -> None:
     prompt, _ = read_prompt(run, batch)
-    assert batch.folds is not None
-    found = refine(run, batch, prompt.detach(), gradient_steps(run, 0.5))
-    several = torch.bincount(batch.folds.task, minlength=len(prompt)) > 0
-    assert several.tolist() == [True] * len(run.training) + [False]
-    best = found.held_out.gather(0, found.steps[None])[0][several]
-    assert bool((best <= found.held_out[0][several]).all()) and bool((best < found.held_out[0][several]).any())
-    # The losses are those of the held-out demonstrations: made again here from prompts refined fold by fold.
-    trial = prompt.detach()[batch.folds.task]
-    for held_out in found.held_out:
-        losses = pairs_loss(run.agent, trial, batch.folds.judge)
-        for task in range(len(run.training)):
-            assert float(losses[batch.folds.task == task].mean()) == pytest.approx(float(held_out[task]), rel=1e-4)
-        trial = gradient_steps(run, 0.5)(trial, batch.folds.learn)
-
-
-def test_steps_that_help_nowhere_are_dropped(run: Run, batch: PredictionBatch) -> None:
-    prompt = read_prompt(run, batch)[0].detach()
-
-    def away(start: Tensor, _: Context) -> Tensor:
-        return start * torch.nan
-
-    found = refine(run, batch, prompt, away)
-    assert found.steps.tolist() == [0] * len(run.training) + [1]  # the last one has nothing to be judged by
-    assert same_bits(found.prompt[:-1], prompt[:-1])
-
-
-def test_one_step_is_the_policy_s_action_bit_for_bit(run: Run, batch: PredictionBatch) -> None:
-    with torch.no_grad():
-        prompt, _ = read_prompt(run, batch)
-        action = run.policy.refine_prompt(prompt, context_feedback(run.agent, batch.feedback, prompt)).prompt
-        plain = fetched(run, [*run.training, single(run.training[0])], folds=False)
-        assert plain.folds is None and equal(plain.query, batch.query) and equal(plain.feedback, batch.feedback)
-        assert same_bits(predictor(run).refined(plain, prompt), action)
-        several = predictor(run).refined(batch, prompt)
-    assert same_bits(several[-1], action[-1])  # the task with a single demonstration stops at the first
-    assert not torch.equal(several, action)
+    action = run.policy.refine_prompt(prompt, context_feedback(run.agent, batch.feedback, prompt)).prompt
+    several = predictor(run)
+    one = dataclasses.replace(several, args=dataclasses.replace(run.args, refine_steps=1))
+    nothing = torch.zeros(0, *prompt.shape)
+    assert same_bits(one.refine(batch, prompt, nothing), action)
+    found = several.refine(batch, prompt, nothing)
+    assert not torch.equal(found, action)
+    assert bool((several.judge(found, batch.trial) <= several.judge(action, batch.trial)).all())
 
 
 @torch.no_grad()
@@ -217,8 +176,9 @@ def test_what_the_memory_recalls_is_taken_where_it_does_better(run: Run, batch: 
     )
     for task, choice in enumerate(best):
         assert same_bits(chosen[task], candidates[choice][task])
-    few = predictor(run).refine(batch, prompt, stored[:, None].expand(-1, *prompt.shape))
-    assert bool((judge(few, batch.trial) <= judge(predictor(run).refined(batch, chosen), batch.trial)).all())
+    few, acted = predictor(run).refine(batch, prompt, stored[:, None].expand(-1, *prompt.shape)), predictor(run).act
+    assert acted is not None
+    assert bool((judge(few, batch.trial) <= judge(acted(chosen, batch.feedback), batch.trial)).all())
 
 
 def test_refining_is_repeatable_and_draws_nothing(run: Run, batch: PredictionBatch) -> None:
@@ -233,37 +193,6 @@ def test_refining_is_repeatable_and_draws_nothing(run: Run, batch: PredictionBat
 # --------------------------------------------------------------------------------------------------------------------
 # no output that is to be predicted enters
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def of_fold(batches: list[QueryBatch], fold: int) -> list[Tensor]:
-    """What the queries of one fold hold, without the padding that other queries in their batch give them."""
-    parts = [query.rows(query.owner == fold) for query in batches]
-    columns = [
-        (p.codes[p.valid], p.table_stats, p.vote_weight, p.rule_sizes, p.rule_logits, p.target_grid, p.input_grid)
-        for p in parts
-    ]
-    return [torch.cat(column) for column in zip(*columns, strict=True)]
-
-
-def test_a_fold_learns_nothing_from_the_output_that_judges_it(run: Run) -> None:
-    """Another output for demonstration 1 changes what fold 1 is judged by, and the feedback of fold 0, which may know
-    it; the feedback of fold 1 stays bit for bit."""
-    task = next(task for task in run.training if task.id == "flip")
-    pair = task.train[1]
-    assert pair.output is not None
-    changed = Pair(pair.input, ((pair.output + 3) % 10).astype(np.uint8)[:, :-1])
-    other = Task("changed", (task.train[0], changed, *task.train[2:]), task.test)
-    ours, theirs = (fetched(run, [task]).folds for task in (task, other))
-    assert ours is not None and theirs is not None
-    assert ours.task.tolist() == [0] * min(MAX_FOLDS, len(task.train))
-
-    def same(a: list[Tensor], b: list[Tensor]) -> bool:
-        return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-
-    assert len(torch.cat([query.owner for query in ours.learn])) == 2 * len(ours.task)
-    assert same(of_fold(ours.learn, 1), of_fold(theirs.learn, 1))
-    assert not same(of_fold(ours.judge, 1), of_fold(theirs.judge, 1))
-    assert not same(of_fold(ours.learn, 0), of_fold(theirs.learn, 0))
 
 
 @pytest.mark.parametrize("change", [garbage, absent])
@@ -297,11 +226,6 @@ def test_the_flag_is_for_evaluation_only_and_may_change_on_resume(small_run: Sma
     assert (one.folder / name).read_bytes() == (several.folder / name).read_bytes()
 
 
-def test_steps_without_a_policy_are_refused(small_run: SmallRun, tmp_path: Path) -> None:
-    refused = small_run(tmp_path / "run", "--no_policy", "--refine_steps", "2")
-    assert refused.code == 2 and refused.stderr.count("\n") == 1 and "--refine_steps 2" in refused.stderr
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # the benchmark
 # --------------------------------------------------------------------------------------------------------------------
@@ -327,10 +251,9 @@ def test_the_benchmark_scores_every_method_and_counts_its_passes(
     assert passes["**policy**"] == passes["gradient, step 0.3, 1"] == [2, 2]  # two feedback pairs, there and back
     assert passes["gradient, step 1, 10"] == [20, 20]
     assert passes["random, best of 4 on the context"] == [10, 0]
-    # Three demonstrations are left of four, each judged five times after four steps of two pairs; then up to four more.
-    for name in ("gradient, step 0.3, up to 4 cross-fitted", "policy, up to 4 cross-fitted"):
-        forward, backward = passes[name]
-        assert 3 * (5 + 4 * 2) <= forward <= 3 * (5 + 4 * 2) + 4 * 2 and backward == forward - 3 * 5
+    # Three demonstrations are left of four: four steps on all, and five times judged.
+    for name in ("gradient, step 0.3, up to 4, best on all", "policy, up to 4, best on all"):
+        assert passes[name] == [3 * (4 + 5), 3 * 4]
     assert len(passes) == 4 * len(benchmark.STEPS) + 2 + len(benchmark.TRIES) + 4
 
 

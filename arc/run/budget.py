@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from arc.run.terminal import duration
 
 # What a prediction costs in passes under one view, before and after refinement: a demonstration on which the agent is
-# tried, one that chooses among prompts (for each of them), one that gives feedback (backwards too), and a cross-fitted
-# step: up to four folds, each two pairs back and forth and one. Fitted to validations on the machine that
-# benchmarks/RESULTS.md names, as are the next two.
-TRIAL_VIEWS, CHOICE_VIEWS, FEEDBACK_VIEWS, STEP_VIEWS = 0.2, 0.4, 0.5, 14
+# tried, one that chooses among prompts (for each of them), and one that gives feedback (backwards too). Fitted to
+# validations on the machine that benchmarks/RESULTS.md names, as are the next two.
+TRIAL_VIEWS, CHOICE_VIEWS, FEEDBACK_VIEWS = 0.2, 0.4, 0.5
 VIEW_STEPS = 0.5  # a view in training steps of as many cells
 EVIDENCE_SECONDS = 0.09  # to prepare one task on one core
 SPLIT_SECONDS, PAIR_SECONDS = 2.0, 0.006  # whatever the agent's size: workers that start, batches, files
