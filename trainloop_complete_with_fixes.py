@@ -50,7 +50,7 @@ from arc.memory import MemoryBank, Offers
 from arc.opening import opening_lines, resumed_lines, summary_title
 from arc.optim import JointOptimizer, WeightAverage, learning_rate_factor, window_size
 from arc.parallel import PeerLost, Team, join, one_voice, share_of
-from arc.predict import PairPrediction, Predictor, evaluating, gathered, prediction_cost, views_reached
+from arc.predict import PairPrediction, Predictor, evaluating, gathered, prediction_cost, recall_count, views_reached
 from arc.qwen import ContextText, QwenPrompt, Tune, build_qwen, context_codes, prompt_spread
 from arc.qwen_source import quiet_downloads
 from arc.recipes import RECIPES
@@ -912,7 +912,7 @@ def predictor(run: Run) -> Predictor:
         args=run.args,
         agent=run.agent,
         read=functools.partial(read_prompt, run),
-        recall=functools.partial(run.memory.recall, count=0 if run.args.no_memory else run.args.recall),
+        recall=functools.partial(run.memory.recall, count=recall_count(run.args)),
         act=None if run.args.no_policy else act,
         score=lambda grid, target: (exact_match(grid, target), cell_accuracy(grid, target)),
         encode=run.qwen.encoder,

@@ -249,9 +249,14 @@ class Effort(Protocol):
     workers: int
 
 
+def recall_count(args: Effort) -> int:
+    """How many prompts of the memory are tried on each task's demonstrations."""
+    return 0 if args.no_memory else args.recall
+
+
 def prediction_cost(args: Effort, tasks: Sequence[Task], splits: int, store: EvidenceStore) -> PredictionCost:
     """What predicting the test pairs of the tasks of so many splits takes, from sizes that are known beforehand."""
-    starts = 1 + (0 if args.no_memory else args.recall)
+    starts = 1 + recall_count(args)
     refined, steps = (0, 1) if args.no_policy else (min(starts, REFINED_STARTS), args.refine_steps)
     judged = sum(count for count in (starts, refined, steps) if count > 1)  # one alone is not
     tries = TRIAL_VIEWS + CHOICE_VIEWS * judged + FEEDBACK_VIEWS * (steps - 1)

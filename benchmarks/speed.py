@@ -147,19 +147,24 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def bare(run: Run, batches: Sequence[Any]) -> tuple[float, float]:
-    """(queries a second, floating-point operations of matrix products a second) of the floor."""
+def operations_a_query(run: Run, batches: Sequence[Any]) -> float:
+    """Floating-point operations of matrix products in the steps of `bare`, mean over the queries that it times: a query
+    of one batch costs many times another's."""
     counted = batches[SKIPPED:]
-    for batch in batches[:SKIPPED]:
-        one_step(run, batch)
-    with Operations() as counter:  # of the batches that are timed: a query of one batch costs many times another's
+    with Operations() as counter:
         for batch in counted:
             one_step(run, batch)
-    started = time.perf_counter()
-    for batch in counted:
+    return counter.total / sum(len(batch.query) for batch in counted)
+
+
+def bare(run: Run, batches: Sequence[Any]) -> float:
+    """Queries a second of the floor."""
+    for batch in batches[:SKIPPED]:
         one_step(run, batch)
-    seconds = time.perf_counter() - started
-    return sum(len(batch.query) for batch in counted) / seconds, counter.total / seconds
+    started = time.perf_counter()
+    for batch in batches[SKIPPED:]:
+        one_step(run, batch)
+    return sum(len(batch.query) for batch in batches[SKIPPED:]) / (time.perf_counter() - started)
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1536) -> float:
@@ -300,6 +305,7 @@ def measure(name: str, args: argparse.Namespace, extra: Sequence[str]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         run = build(flags, args.cache_dir, Path(scratch))
         batches = ready_batches(run, args.batches)
+        operations = operations_a_query(run, batches)
         for _ in range(args.repeats):
             for root in list(found):
                 try:
@@ -309,9 +315,9 @@ def measure(name: str, args: argparse.Namespace, extra: Sequence[str]) -> str:
                         raise
                     print(f"- left out: {error} (it may not know these flags)\n")
                     del found[root]
-            floor, operations = bare(run, batches)
-            floors.append(floor)
-            shares.append(operations / matmul_peak(run.precision.dtype or torch.float32, run.device))
+            floors.append(bare(run, batches))
+            peak = matmul_peak(run.precision.dtype or torch.float32, run.device)
+            shares.append(operations * floors[-1] / peak)
         waits = waits_of(run, batches[0])
         run.log.close()
     ours = statistics.median(one.queries_per_s for one in found[ROOT])

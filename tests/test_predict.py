@@ -153,8 +153,9 @@ def test_trust_reaches_the_pairs_of_its_task(small_build: SmallBuild) -> None:
     assert {(pair.task.id, pair.trusted) for pair in found} == {(task.id, task is tasks[1]) for task in tasks}
 
 
-def test_trying_what_the_memory_recalls_is_reckoned_with(small_build: SmallBuild) -> None:
-    """Its prompts and the one that Qwen reads answer every demonstration, the four best once more when refined."""
+def test_trying_what_the_memory_recalls_and_further_steps_are_reckoned_with(small_build: SmallBuild) -> None:
+    """Its prompts and the one that Qwen reads answer every demonstration, the four best once more when refined; each
+    further step has the feedback of all, and as many prompts as there are steps are judged."""
     run = small_build()
     demonstrations = sum(pair.input.size for task in run.training for pair in task.train)
     first = sum(task.train[0].input.size for task in run.training)
@@ -167,6 +168,9 @@ def test_trying_what_the_memory_recalls_is_reckoned_with(small_build: SmallBuild
     assert cells(recall=9, no_memory=True) == without
     more = CHOICE_VIEWS * (10 + 4) * demonstrations + FEEDBACK_VIEWS * 3 * first
     assert cells(recall=9) == pytest.approx(without + more)
+    further = (CHOICE_VIEWS * 3 + FEEDBACK_VIEWS * 2) * demonstrations
+    assert cells(recall=0, refine_steps=3) == pytest.approx(without + further)
+    assert cells(recall=0, refine_steps=3, no_policy=True) == cells(recall=0, no_policy=True)
     refining = FEEDBACK_VIEWS * first
     assert cells(recall=0, no_policy=True) == pytest.approx(without - refining)
     assert cells(recall=1, no_policy=True) == pytest.approx(without - refining + CHOICE_VIEWS * 2 * demonstrations)

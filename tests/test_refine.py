@@ -21,7 +21,7 @@ from test_no_leak import absent, data_with, garbage
 from torch import Tensor
 
 from arc.augment import evaluation_views
-from arc.batches import PredictionBatch, PredictionData, TensorBundle
+from arc.batches import PredictionBatch, PredictionData
 from arc.refine import Context, best_first, farther, pairs_loss
 from arc.splits import NEW
 from arc.tasks import Task
@@ -97,33 +97,13 @@ def run(small_build: SmallBuild) -> Run:
     return run
 
 
-def fetched(run: Run, tasks: list[Task]) -> PredictionBatch:
-    data = PredictionData(tasks, run.store, run.qwen.encoder, views=evaluation_views(2), feedback_pairs=2)
-    return data[tuple(range(len(tasks)))]
-
-
-def single(task: Task) -> Task:
-    """The task with its first demonstration only."""
-    return Task(f"{task.id}-single", task.train[:1], task.test)
-
-
 @pytest.fixture(scope="module")
 def batch(run: Run) -> PredictionBatch:
-    return fetched(run, [*run.training, single(run.training[0])])
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in nested bundles and lists, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, TensorBundle):
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return [tensor for part in value for tensor in tensors_of(part)] if isinstance(value, list) else []
-
-
-def equal(a: Any, b: Any) -> bool:
-    first, second = tensors_of(a), tensors_of(b)
-    return len(first) == len(second) > 0 and all(same_bits(x, y) for x, y in zip(first, second, strict=True))
+    """The training tasks, and one of them with its first demonstration only."""
+    first = run.training[0]
+    tasks = [*run.training, Task(f"{first.id}-single", first.train[:1], first.test)]
+    data = PredictionData(tasks, run.store, run.qwen.encoder, views=evaluation_views(2), feedback_pairs=2)
+    return data[tuple(range(len(tasks)))]
 
 
 def gradient_steps(run: Run, size: float) -> Any:
@@ -187,7 +167,8 @@ def test_refining_is_repeatable_and_draws_nothing(run: Run, batch: PredictionBat
     first, second = (predictor(run).batch(new, {}, batch).passes for _ in range(2))
     assert same_bits(torch.get_rng_state(), before)
     for (_, _, a), (_, _, b) in zip(first, second, strict=True):
-        assert equal([*a.colour_logits, a.size_logits], [*b.colour_logits, b.size_logits])
+        assert same_bits(a.size_logits, b.size_logits)
+        assert all(same_bits(x, y) for x, y in zip(a.colour_logits, b.colour_logits, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
