@@ -214,8 +214,8 @@ class Flags:
     qwen_tune: Tune = flag(FIX_1, "full", "what of Qwen trains; lora: small matrices beside the frozen ones (pip "
                           "install peft)", ("full", "lora", "frozen"))
     lora_rank: int = flag(FIX_1, 16, "rank of those matrices", whole(1, 1024))
-    qwen_lr: float | None = flag(FIX_1, None, "learning rate of Qwen; by default 3e-4 for the tiny one, 2e-5 for a "
-                                 "pretrained one, 2e-4 for its lora", real(0, 100, above=True))
+    qwen_lr: float | None = flag(FIX_1, None, "rate of Qwen; by default 3e-4 for the tiny one (1e-3 on generated "
+                                 "tasks), 2e-5 for a pretrained one, 2e-4 for its lora", real(0, 100, above=True))
     optim_qwen: str = flag(FIX_1, "adamw", "adamw8bit: moments of Qwen's layers in 8 bits (pip install bitsandbytes)",
                            ("adamw", "adamw8bit"), also=("--optim",))
     gradient_checkpointing: bool = flag(FIX_1, False, "less memory for Qwen, a third more time", resume=FREE)
@@ -642,7 +642,7 @@ def build_prompt_reader(
         qwen.requires_grad_(False)
     if args.qwen_lr is None:
         # An adapter takes about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
-        args.qwen_lr = 3e-4 if qwen.is_tiny else 2e-5 if qwen.adapter is None else 2e-4
+        args.qwen_lr = recipes.tiny_qwen_lr(args.data) if qwen.is_tiny else 2e-5 if qwen.adapter is None else 2e-4
     return qwen
 
 

@@ -137,6 +137,15 @@ def test_a_pretrained_model_gets_a_rate_for_its_adapter(small_build: SmallBuild,
     assert small_build("--qwen", str(base_folder)).optimizer.base_rates()["qwen"] == 2e-5
 
 
+def test_on_generated_tasks_the_tiny_qwen_has_its_own_rate_however_it_is_asked_for(
+    small_build: SmallBuild, base_folder: Path
+) -> None:
+    generated = ("--data", "generated", "--families", "flip", "--tasks", "2", "--max_side", "6", "--unseen", "generated")
+    for flags in ((), ("--qwen", "tiny"), ("--qwen_tune", "frozen"), LORA):
+        assert small_build(*generated, *flags).optimizer.base_rates()["qwen"] == 1e-3
+    assert small_build(*generated, "--qwen", str(base_folder)).optimizer.base_rates()["qwen"] == 2e-5
+
+
 def test_ablate_1_freezes_an_adapter_run_altogether(small_build: SmallBuild) -> None:
     run = small_build(*LORA, "--ablate", "1")
     assert run.qwen.adapter is None and run.qwen.trainable_parameters() == {}
