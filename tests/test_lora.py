@@ -140,7 +140,7 @@ def test_a_pretrained_model_gets_a_rate_for_its_adapter(small_build: SmallBuild,
 def test_on_generated_tasks_the_tiny_qwen_has_its_own_rate_however_it_is_asked_for(
     small_build: SmallBuild, base_folder: Path
 ) -> None:
-    generated = ("--data", "generated", "--families", "flip", "--tasks", "2", "--max_side", "6", "--unseen", "generated")
+    generated = ("--data", "generated", "--unseen", "generated", "--families", "flip", "--tasks", "2")
     for flags in ((), ("--qwen", "tiny"), ("--qwen_tune", "frozen"), LORA):
         assert small_build(*generated, *flags).optimizer.base_rates()["qwen"] == 1e-3
     assert small_build(*generated, "--qwen", str(base_folder)).optimizer.base_rates()["qwen"] == 2e-5
