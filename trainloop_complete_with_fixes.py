@@ -413,7 +413,7 @@ class NoWarmup(SizeWarmupCurriculum):
 class DynamicMemoryThreshold:
     """FIX 5: what enters the memory must beat the running average by a tenth, however good the average is."""
 
-    # 1.10 times an average above 0.909 would ask for more than a perfect solution. `offer` asks for accuracy >
+    # 1.10 times an average above 0.909 would ask for more than a perfect solution. The bank asks for accuracy >
     # threshold, so the cap lies just below 1.
     CAP = 0.999
 
@@ -660,7 +660,7 @@ def build_optimizer(
     eight_bit = {"qwen"} if args.optim_qwen == "adamw8bit" and not args.eval_only else set()
     optimizer = JointOptimizer(groups, rates, muon=args.optimizer == "muon", eight_bit=eight_bit)
     assert all(map(optimizer.covers, (agent, qwen, policy))), "a trainable parameter is in no group"
-    small = qwen.is_tiny or qwen.adapter is not None
+    small = qwen.is_tiny or args.qwen_tune != "full"
     averaged = groups if small else {name: module for name, module in groups.items() if name != "qwen"}
     return optimizer, WeightAverage(averaged, args.ema) if args.ema > 0 else None
 
@@ -812,7 +812,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     size_weight, threshold = run.fixes.curriculum.get_size_loss_weight(state.epoch), run.fixes.threshold.get_threshold()
     log(f"[Epoch {state.epoch}] Size Warmup Weight: {size_weight:.3f} (FIX #4)")
     log(f"[Epoch {state.epoch}] Memory Threshold: {threshold:.4f} (FIX #5)")
-    unprepared = Unprepared(run.training, run.store)
+    unprepared = Unprepared(() if args.data == GENERATED else run.training, run.store)
     bar = log.bar(total=count, initial=state.batch, desc=f"epoch {state.epoch}", unit="batch")
     preparing = log.bar(
         total=len(unprepared), desc="evidence prepared", unit="task", disable=args.quiet or not len(unprepared)
@@ -953,8 +953,7 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
 
 def saved_parts(run: Run) -> dict[str, nn.Module | Adapter]:
     """The modules by the name they have in a checkpoint."""
-    own = {name: module for name, module in run.modules.items() if name != "qwen"}
-    return {**own, **run.qwen.saved_parts()}
+    return {**{name: part for name, part in run.modules.items() if name != "qwen"}, **run.qwen.saved_parts()}
 
 
 def save_checkpoint(run: Run, *, wait: bool = False) -> None:
@@ -1109,6 +1108,7 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Tea
                     restore(run, checkpoint)
                 if checkpoint.path.parent.resolve() != folder.resolve() and not args.eval_only:
                     run.origin, run.log.rows = str(checkpoint.path), 0
+                    run.state.forget_validation()  # of the other run: its best is not this one's
             if team.is_first:
                 run.persistence = persistence or open_persistence(args, folder, log)
             return run, checkpoint

@@ -259,7 +259,7 @@ class GridAgent(nn.Module):
         super().__init__()
         if width % heads or (width // heads) % 4:
             raise ValueError(f"agent width {width} must be a multiple of 4 * heads ({4 * heads})")
-        self.num_tables, self.heads, self.passes = num_tables, heads, passes
+        self.heads, self.passes = heads, passes
         self.is_compiled = False
         condition = max(width, 128)  # narrow agents too: it carries all that is known of the task
         prompt = prompt_len * prompt_dim

@@ -20,6 +20,8 @@ class Settings(Protocol):
 
     data: str
     tasks: int
+    unseen: str
+    augment: str
     views: int
     batch_size: int
     agent_width: int
@@ -59,6 +61,18 @@ def conflicts(args: Settings) -> list[str]:
         (
             args.adapt and args.dev,
             "--adapt trains on evaluation tasks, --dev on nothing but a part of the training tasks",
+        ),
+        (
+            args.data == GENERATED and (args.adapt or args.dev),
+            "--data generated draws pairs anew and holds tasks back by itself; --adapt and --dev go with other data",
+        ),
+        (
+            args.data == args.unseen == GENERATED and args.augment != "none",
+            f"--augment {args.augment}: turned or recoloured, a generated task may be one of those held back",
+        ),
+        (
+            starting and args.data != GENERATED and "families" in splits,
+            "--val_splits families goes with --data generated",
         ),
         (args.task_latent and not args.tasks and args.data == GENERATED, "--task_latent: --tasks 0 has no task twice"),
         (starting and "adapted" in splits and not args.adapt, "--val_splits adapted needs --adapt"),

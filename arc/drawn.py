@@ -1,7 +1,7 @@
 """Tasks whose pairs are drawn anew for each episode: a few of them to be read, many to be answered.
 
-One reading of a context then serves many queries, and no pair is ever seen twice. Everything is a pure function of
-(seed, epoch, index), so nothing is stored and a resumed run goes on with the same episodes.
+One reading of a context then serves many queries, and pairs do not run out. Everything is a pure function of (seed,
+epoch, index), so nothing is stored and a resumed run goes on with the same episodes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from arc.tasks import Task
 class Source(Protocol):
     """Where episodes come from."""
 
-    @property
-    def queries(self) -> int:
-        """Of an episode, at most."""
-        ...
-
     def episode(self, epoch: int, index: int) -> tuple[int, Task]:
         """The number of a task (for the memory, and for what belongs together) and the task as this episode has it: its
         demonstrations are what is read, its test pairs, with their outputs, what is asked."""
@@ -38,9 +33,9 @@ APART = 1 << 40  # numbers of tasks from here on are those of tasks that no chec
 class DrawnTasks:
     """Generated tasks: `tasks` known ones of each family in turn, or, for 0, fresh ones without end.
 
-    pairs: demonstrations that are read. None of the pairs starts from a test input, and none is one of the
-    demonstrations that a known task is validated with. known: the known ones are the run's training tasks, in the order
-    that a data set has them; else they are tasks apart.
+    pairs: demonstrations that are read. Before it is augmented none of the pairs starts from a test input, and none is
+    one of the demonstrations that a known task is validated with. known: the known ones are the run's training tasks,
+    in the order that a data set has them; else they are tasks apart.
     """
 
     families: tuple[str, ...]

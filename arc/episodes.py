@@ -41,6 +41,7 @@ class Plan(Protocol):
 
     data: str
     extra_data: str | None
+    unseen: str
     families: tuple[str, ...]
     tasks: int
     pairs: int
@@ -107,7 +108,9 @@ def source_of(args: Plan, extra: tuple[Task, ...]) -> Source | None:
     are only demonstrations to hold out."""
     if GENERATED in (args.data, args.extra_data):
         shape = (args.families, args.tasks, args.pairs, args.max_side, args.seed, args.queries)
-        return DrawnTasks(*shape, args.augment, known=args.data == GENERATED)
+        # Turned or recoloured, a task may be one of those that are held back, where generated ones are.
+        augment = "none" if args.unseen == GENERATED else args.augment
+        return DrawnTasks(*shape, augment, known=args.data == GENERATED)
     return ManyPairs(extra, args.pairs, args.seed, args.queries, args.augment) if extra else None
 
 
@@ -321,7 +324,8 @@ class EpisodeData(torch.utils.data.Dataset):
 def as_many_as_fit(views: Sequence[list[Query]], max_cells: float) -> list[list[Query]]:
     """The first views of each episode, so many that their padded batch has no more tokens than `max_cells`, but one at
     least. Batches are made before anything is known of the sizes that the evidence predicts: where it is wrong, one
-    large canvas would pad all the others to its size."""
+    large canvas would pad all the others to its size. Of several processes each sees its own share alone: to know the
+    others' sizes it would have to prepare their evidence too."""
     longest = max(query.cells for asked in views for query in asked)
     most = max(1, *map(len, views))
     while most > 1 and sum(min(most, len(asked)) for asked in views) * longest > max_cells:

@@ -74,21 +74,15 @@ class MemoryBank(nn.Module):
             nearest = likeness.masked_fill(self.task < 0, -torch.inf).topk(min(count, len(self)), dim=-1).indices
             return self.values[nearest.T]
 
-    def offer(self, key: Tensor, value: Tensor, task: int, accuracy: float, threshold: float, step: int) -> bool:
-        """Store (key (E,), value (K, D)) of `task` if accuracy beats the threshold and the task's own entry.
+    @torch.no_grad()
+    def take(self, offers: Offers, numbers: Sequence[Tensor], threshold: float, step: int) -> int:
+        """Store each of the offers, in order, whose accuracy beats the threshold and the task's own entry; numbers:
+        their tasks and accuracies in the host's memory. Returns how many were stored.
 
         An equally good entry replaces an older one of the same task: prompts age as the agent moves on. A full bank
         gives up its least accurate, oldest entry, if that is no better. A prompt that is not finite is never stored: it
-        would spread to other tasks. Returns whether it was stored.
+        would spread to other tasks.
         """
-        tasks, accuracies = torch.tensor([task]), torch.tensor([accuracy], dtype=torch.float64)
-        offers = Offers.of(key[None], value[None], tasks.to(key.device), accuracies.to(key.device))
-        return bool(self.take(offers, (tasks, offers.accuracies.cpu()), threshold, step))
-
-    @torch.no_grad()
-    def take(self, offers: Offers, numbers: Sequence[Tensor], threshold: float, step: int) -> int:
-        """`offer` for each of the offers in order; numbers: their tasks and accuracies in the host's memory. Returns
-        how many were stored."""
         entering: dict[int, int] = {}  # place in the bank -> which of the offered
         stored, columns = 0, self._columns()
         for number, (task, accuracy) in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):

@@ -231,10 +231,6 @@ class QwenPrompt(nn.Module):
             self.backbone.eval()
         return self
 
-    def encode_context(self, pairs: Sequence[tuple[Grid, Grid]]) -> list[int]:
-        """Token ids, at most `max_context_tokens`, of a context of (input, output) pairs. See `ContextEncoder`."""
-        return self.encoder(pairs)
-
     def forward(self, ids: Tensor, lengths: Tensor, reading: Sequence[Texts] = ()) -> tuple[Tensor, Tensor]:
         """Read contexts: prompt (B, K, D) and task embedding (B, hidden), the mean of what the queries read; both fp32.
 

@@ -12,6 +12,7 @@ from arc.generate import GENERATED
 # another, since at first none is nearly right.
 DRAWN: Mapping[str, Any] = {
     "unseen": GENERATED,
+    "adapt": False,  # under --recipe gpu too: what is validated is held apart by itself
     "val_splits": ("seed", "unseen", "families"),
     "val_views": 1,
     "augment": "none",

@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -73,9 +73,6 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(splits)
 
 
-# The groups of --help.
-
-
 def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, ...], tuple[int, ...]]:
     """The evaluation tasks whose demonstration pairs are trained on, numbered from `start` on, and the number of each
     evaluation task.
@@ -95,7 +92,7 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
         earlier = [number_of[twin.id] for twin in twins if number_of.get(twin.id, NEW) != NEW]
         if earlier:
             number_of[task.id] = min(earlier)
-        elif any(len(_not_asked(task, twin)) < len(task.train) for twin in twins):
+        elif len(_not_asked(task, _asked(twins))) < len(task.train):
             number_of[task.id] = NEW
         else:
             number_of[task.id] = start + len(chosen)
@@ -103,9 +100,16 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
     return tuple(chosen), tuple(number_of[task.id] for task in evaluation)
 
 
-def _not_asked(task: Task, twin: Task) -> tuple[Pair, ...]:
-    """The demonstrations of `task` that start from no test input of `twin`."""
-    asked = {(pair.input.shape, pair.input.tobytes()) for pair in twin.test}
+Inputs = Set[tuple[tuple[int, ...], bytes]]
+
+
+def _asked(tasks: Iterable[Task]) -> Inputs:
+    """The test inputs of the tasks."""
+    return {(pair.input.shape, pair.input.tobytes()) for task in tasks for pair in task.test}
+
+
+def _not_asked(task: Task, asked: Inputs) -> tuple[Pair, ...]:
+    """The demonstrations of `task` that start from none of these inputs."""
     return tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
 
 
@@ -271,7 +275,7 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
         splits = splits_by_content(all_tasks(data), trained_on["inputs"])
     else:
         training, splits = split_tasks(args, data, log)
-    extra = () if args.eval_only or args.extra_data is None else load_extra(args)
+    extra = () if args.eval_only or args.extra_data is None else held_apart(args, load_extra(args), splits, log)
     record = {
         "data": data.fingerprint,
         "training": training_fingerprint(training),
@@ -307,10 +311,29 @@ def load_extra(args: Choice) -> tuple[Task, ...]:
         tasks = load_dataset(str(args.extra_data), whole_lists=True).training
     except UserError as error:
         raise UserError(f"--extra_data: {error}") from None
-    kept = [Task(task.id, _not_asked(task, task), task.test) for task in tasks]
+    kept = [Task(task.id, _not_asked(task, _asked([task])), task.test) for task in tasks]
     found = tuple(task for task in kept if len(task.train) > 1)
     if not found:
         raise UserError(f"--extra_data {args.extra_data}: no training task with two demonstrations in it")
+    return found
+
+
+def held_apart(
+    args: Choice, extra: tuple[Task, ...], splits: Sequence[Split], log: Callable[[str], None]
+) -> tuple[Task, ...]:
+    """What of `extra` may be trained on beside `splits`: no task, by id or content, of those that are new there, and no
+    demonstration that starts from an input which is asked there. UserError if that leaves nothing."""
+    new = [task for split in splits for task, number in zip(split.tasks, split.numbers, strict=True) if number == NEW]
+    if args.dev:  # `hold_out` has put the number of the demonstration behind the id
+        new = [Task(task.id.rpartition("-")[0], task.train, task.test) for task in new]
+    kept, dropped = drop_duplicates(extra, new)
+    if dropped:
+        log(f"Extra data: {len(dropped)} of {len(extra)} tasks are also among those held back, and are not trained on")
+    asked = _asked(task for split in splits for task in split.tasks)
+    less = [Task(task.id, _not_asked(task, asked), task.test) for task in kept]
+    found = tuple(task for task in less if len(task.train) > 1)
+    if extra and not found:
+        raise UserError(f"--extra_data {args.extra_data}: all that is in it is held back for --val_splits")
     return found
 
 
@@ -322,7 +345,8 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     """
     if args.data == GENERATED and args.unseen == GENERATED and not (args.adapt or args.dev):
         return generated_splits(args, data)
-    if not data.training and not args.adapt:
+    drawn = args.data == GENERATED
+    if not (data.training or args.adapt or drawn):
         raise UserError(
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
             "trains on their demonstration pairs, --eval_only predicts them"
@@ -335,12 +359,13 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
             "dev_unseen": Split("dev_unseen", unseen, (NEW,) * len(unseen)),
             "dev_seen": Split("dev_seen", seen, tuple(range(len(seen)))),
         }
-        return development.training, tuple(splits[each] for each in args.val_splits if splits[each].tasks)
+        return development.training, chosen_splits(args, splits)
     name = "adapted" if args.adapt else "unseen"
     kept: tuple[Task, ...] = data.training
     evaluation: tuple[Task, ...] = ()
     if name in args.val_splits or args.adapt:
-        evaluation = load(args, args.unseen, as_evaluation=True).evaluation if data.training else data.evaluation
+        other = bool(data.training) or drawn
+        evaluation = load(args, args.unseen, as_evaluation=True).evaluation if other else data.evaluation
         if not evaluation:
             raise UserError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
         kept, dropped = drop_duplicates(data.training, evaluation)
@@ -350,15 +375,12 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
                 f"{len(evaluation)} evaluation tasks and are {'trained on once' if args.adapt else 'not trained on'}"
             )
     added, numbers = adapted_tasks(evaluation, len(kept)) if args.adapt else ((), (NEW,) * len(evaluation))
-    if not kept and not added:
+    if not (kept or added or drawn):
         raise UserError(
             f"--unseen {args.unseen}: every training task is also an evaluation task; nothing is left to train"
         )
     splits = {"seed": Split("seed", kept, tuple(range(len(kept)))), name: Split(name, evaluation, numbers)}
-    chosen = tuple(splits[each] for each in args.val_splits if splits[each].tasks)
-    if not chosen:
-        raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data {args.data}")
-    return kept + added, chosen
+    return kept + added, chosen_splits(args, splits)
 
 
 def generated_splits(args: Choice, data: DataSet) -> tuple[tuple[Task, ...], tuple[Split, ...]]:
@@ -373,10 +395,15 @@ def generated_splits(args: Choice, data: DataSet) -> tuple[tuple[Task, ...], tup
         "unseen": Split("unseen", unseen, (NEW,) * len(unseen)),
         "families": Split("families", families, (NEW,) * len(families)),
     }
+    return training, chosen_splits(args, splits)
+
+
+def chosen_splits(args: Choice, splits: Mapping[str, Split]) -> tuple[Split, ...]:
+    """Those of --val_splits that have tasks; UserError if there is none."""
     chosen = tuple(splits[each] for each in args.val_splits if each in splits and splits[each].tasks)
     if not chosen:
-        raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data generated")
-    return training, chosen
+        raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data {args.data}")
+    return chosen
 
 
 def all_tasks(data: DataSet) -> list[Task]:

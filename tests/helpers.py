@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
+from arc.memory import MemoryBank, Offers
 from model_persistence import Checkpoint, ModelPersistence
 from trainloop_complete_with_fixes import main
 
@@ -203,3 +205,12 @@ def differences_of_runs(a: Path, b: Path) -> list[str]:
         for checkpoint in (load(a), load(b))
     )
     return differences(first, second)
+
+
+def offer(
+    bank: MemoryBank, key: Tensor, value: Tensor, task: int, accuracy: float, threshold: float, step: int
+) -> bool:
+    """Offer key (E,), value (K, D) of one task alone; whether it was stored."""
+    tasks, accuracies = torch.tensor([task]), torch.tensor([accuracy], dtype=torch.float64)
+    offers = Offers.of(key[None], value[None], tasks.to(key.device), accuracies.to(key.device))
+    return bool(bank.take(offers, (tasks, offers.accuracies.cpu()), threshold, step))

@@ -104,6 +104,10 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--views", "8", "--batch_size", "4"], ["--views 8", "--batch_size 4"]),
         (["--eval_only"], ["--eval_only", "--resume"]),
         (["--data", "generated", "--tasks", "0", "--task_latent"], ["--task_latent", "--tasks 0"]),
+        (["--data", "generated", "--adapt"], ["--data generated", "--adapt"]),
+        (["--data", "generated", "--dev"], ["--data generated", "--dev"]),
+        (["--data", "generated", "--augment", "full"], ["--augment full"]),
+        (["--val_splits", "seed,families"], ["--val_splits families", "--data generated"]),
     ],
 )
 def test_bad_flags(flags: list[str], names: list[str], refused: Refused) -> None:

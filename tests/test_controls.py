@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Outcome, SmallBuild, SmallRun, train_batches
-from helpers import FAST, differences, load, timeless
+from helpers import FAST, differences, load, offer, timeless
 
 from arc.batches import QueryBatch
 from arc.datasets import load_dataset
@@ -49,7 +49,7 @@ def test_as_much_is_recalled_as_was_asked_for(small_build: SmallBuild, flags: tu
     with torch.no_grad():
         prompt, key = read_prompt(run, batch)
     for number, value in enumerate(torch.ones(3, *prompt.shape[1:])):
-        assert run.memory.offer(key[0], value, 1000 + number, 1.0, 0.5, step=0)
+        assert offer(run.memory, key[0], value, 1000 + number, 1.0, 0.5, step=0)
     assert len(predictor(run).recall(key)) == count
 
 

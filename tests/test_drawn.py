@@ -20,6 +20,7 @@ from arc.drawn import APART, DrawnTasks, ManyPairs
 from arc.episodes import Drawn, drawn_batches, source_of
 from arc.generate import BASIC, FAMILIES, generated_dataset, origin
 from arc.generate.family import is_test_input
+from arc.run.files import UserError
 from arc.tasks import Task
 from trainloop_complete_with_fixes import main
 
@@ -139,6 +140,58 @@ def test_extra_tasks_are_trained_on_and_never_validated(small_build: SmallBuild,
         assert torch.equal(one.context_ids, other.context_ids) and torch.equal(one.query.target, other.query.target)
     extra_run = small_build("--extra_data", "generated", "--max_side", "6", "--tasks", "0", "--episodes", "3")
     assert sum(int((batch.task >= APART).sum()) for batch in train_batches(extra_run, 100)) == 3
+
+
+def test_extra_data_has_nothing_of_what_is_validated(small_build: SmallBuild, data_dir: Path, tmp_path: Path) -> None:
+    """The same tasks under other names, and files of many pairs of theirs: no new task is trained on, and no
+    demonstration that starts from an asked input; under --dev that is the demonstration held out."""
+    copies = tmp_path / "copies"
+    for path in data_dir.rglob("*.json"):
+        task = json.loads(path.read_text())
+        renamed = copies / "training" / f"copy-of-{path.stem}.json"
+        renamed.parent.mkdir(parents=True, exist_ok=True)
+        renamed.write_text(json.dumps({"train": task["train"] + task["test"], "test": [{"input": [[1]]}]}))
+    for path in many_pairs(tmp_path / "generator", outputs=1).rglob("one.json"):
+        path.rename(copies / "training" / "turn.json")  # new inputs of an evaluation task, told by its id
+    for flags, held_back in (
+        (("--val_splits", "seed,unseen", "--unseen", str(data_dir)), {"turn", "copy-of-turn", "copy-of-up"}),
+        (("--dev", "--dev_tasks", "2"), set()),
+    ):
+        run = small_build("--data", str(data_dir), "--extra_data", str(copies), *flags)
+        new = {task.id.rpartition("-")[0] for split in run.splits if split.name == "dev_unseen" for task in split.tasks}
+        names = {task.id for task in run.extra}
+        assert len(new) == (2 if "--dev" in flags else 0)
+        assert names and not names & (held_back | {f"copy-of-{name}" for name in new})
+        asked = {pair.input.tobytes() for split in run.splits for task in split.tasks for pair in task.test}
+        assert asked and not asked & {pair.input.tobytes() for task in run.extra for pair in task.train}
+    with pytest.raises(UserError, match="--extra_data .* all that is in it is held back"):
+        for path in (copies / "training").glob("copy-of-*"):
+            path.unlink()
+        small_build(
+            "--data", str(data_dir), "--extra_data", str(copies), "--val_splits", "unseen", "--unseen", str(data_dir)
+        )
+
+
+@pytest.mark.parametrize("tasks", ["0", "2"])
+def test_generated_tasks_may_be_validated_on_others(
+    tasks: str, small_run: SmallRun, data_dir: Path, tmp_path: Path
+) -> None:
+    """--unseen with a data set of its own; the default splits then have no new families."""
+    shape = ("--families", "flip", "--max_side", "6", "--no_evidence", "--tasks", tasks, "--queries", "3")
+    flags = ("--data", "generated", *shape, "--episodes", "2", "--batch_size", "6", "--unseen", str(data_dir))
+    outcome = small_run(tmp_path / "run", *flags, "--epochs", "1")
+    assert outcome.code == 0, outcome.stderr
+    assert {name for name in ("seed", "unseen") if f"{name} split" in outcome.stdout} == (
+        {"unseen"} if tasks == "0" else {"seed", "unseen"}
+    )
+    assert "families split" not in outcome.stdout and outcome.epochs[-1]["val.split"] in ("seed", "unseen")
+
+
+def test_extra_generated_tasks_are_not_turned_into_those_held_back(small_build: SmallBuild) -> None:
+    flags = ("--extra_data", "generated", "--families", "flip", "--tasks", "2")
+    apart, free = small_build(*flags, "--unseen", "generated"), small_build(*flags)
+    sources = [source_of(run.args, run.extra) for run in (apart, free)]
+    assert [isinstance(source, DrawnTasks) and source.augment for source in sources] == ["none", "full"]
 
 
 def test_pairs_are_drawn_from_a_file_anew(tmp_path: Path) -> None:

@@ -184,14 +184,17 @@ def test_a_new_run_begins_from_another_folder_s_checkpoint(
 ) -> None:
     before, steps = everything_below(finished), sorted(finished.glob("step-*"))
     old = finished if what == "run" else steps[-1]
-    flags = ("--epochs", "2", "--val_limit", "1", "--resume")
+    flags = ("--epochs", "2", "--val_limit", "1", "--save_every", "1", "--resume")
     outcome = small_run(tmp_path / "new", *flags, str(old))
     assert outcome.code == 0, outcome.stderr
     assert everything_below(finished) == before
     first = outcome.batches[0]["step"]
     assert first == int(steps[-1].name.partition("-")[2]) + 1 and outcome.batches[-1]["step"] > first
     with ModelPersistence(tmp_path / "new", read_only=True, log=lambda _: None) as persistence:
-        assert persistence.load().state["extra"]["origin"] == str(steps[-1])
+        latest = persistence.load()
+        assert latest.state["extra"]["origin"] == str(steps[-1])
+        # What the other run's validation said is not said of weights that this one has yet to validate.
+        assert persistence.load("best").step == latest.step
     # The same as going on where it was, bit for bit.
     there = shutil.copytree(finished, tmp_path / "there")
     assert small_run(there, *flags).code == 0

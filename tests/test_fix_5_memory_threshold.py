@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SmallBuild, SmallRun, train_batches, train_on
+from helpers import offer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,7 +111,7 @@ def test_a_perfect_solution_can_always_be_stored(accuracies: list[float]) -> Non
         threshold.update(accuracy)
         assert 0 <= threshold.get_threshold() < 1
         bank = MemoryBank(1, 2, 1, 2)
-        assert bank.offer(torch.ones(2), torch.ones(1, 2), 0, 1.0, threshold.get_threshold(), 0)
+        assert offer(bank, torch.ones(2), torch.ones(1, 2), 0, 1.0, threshold.get_threshold(), 0)
 
 
 def test_the_threshold_survives_a_checkpoint() -> None:
@@ -126,6 +127,6 @@ def test_what_is_stored_is_recalled_for_other_tasks_and_not_while_training(small
     before, key = read_prompt(run, batch)
     assert len(predictor(run).recall(key)) == 0
     value, threshold = torch.ones(2, 8), run.fixes.threshold.get_threshold()
-    assert run.memory.offer(key[0].detach(), value, int(batch.task[0]), 1.0, threshold, 0)
+    assert offer(run.memory, key[0].detach(), value, int(batch.task[0]), 1.0, threshold, 0)
     assert torch.equal(predictor(run).recall(key), value.expand(1, len(key), 2, 8))
     assert torch.equal(read_prompt(run, batch)[0], before)

@@ -146,6 +146,19 @@ def test_on_generated_tasks_the_tiny_qwen_has_its_own_rate_however_it_is_asked_f
     assert small_build(*generated, "--qwen", str(base_folder)).optimizer.base_rates()["qwen"] == 2e-5
 
 
+def test_what_trains_of_a_pretrained_model_is_averaged_unless_that_is_all(
+    small_build: SmallBuild, base_folder: Path
+) -> None:
+    def averaged(*flags: str) -> set[str]:
+        run = small_build("--qwen", str(base_folder), *flags)
+        assert run.average is not None
+        trainable = {f"qwen.{name}" for name in run.qwen.trainable_parameters()}
+        return {name for name in run.average.average if name.startswith("qwen.")} ^ trainable
+
+    assert averaged("--qwen_tune", "frozen") == averaged(*LORA) == set()
+    assert averaged()
+
+
 def test_ablate_1_freezes_an_adapter_run_altogether(small_build: SmallBuild) -> None:
     run = small_build(*LORA, "--ablate", "1")
     assert run.qwen.adapter is None and run.qwen.trainable_parameters() == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import offer as offer_one
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,9 @@ def make_bank(capacity: int = 3) -> MemoryBank:
 
 def offer(bank: MemoryBank, task: int, accuracy: float, *, threshold: float = 0.2, step: int = 0) -> bool:
     """Offer a value that says whose it is and when it was made, under a key along the task's own axis."""
-    return bank.offer(torch.eye(E)[task % E], torch.full((K, D), task + step / 100), task, accuracy, threshold, step)
+    return offer_one(
+        bank, torch.eye(E)[task % E], torch.full((K, D), task + step / 100), task, accuracy, threshold, step
+    )
 
 
 def entries(bank: MemoryBank) -> dict[int, tuple[float, int]]:

@@ -144,10 +144,10 @@ def test_text_of_a_pair_cell_by_cell_as_it_is_written() -> None:
 def test_tiny_spends_a_third_of_a_token_on_a_cell(cache: Path) -> None:
     model = build("tiny", cache, max_context_tokens=4000)
     pair = (grid(5, 7), grid(2, 3))
-    assert len(model.encode_context([pair])) - len(model.encode_context([])) == 1 + 5 * 3 + 1 + 2 * 1
+    assert len(model.encoder([pair])) - len(model.encoder([])) == 1 + 5 * 3 + 1 + 2 * 1
     contexts = real_contexts(300)
     cells = np.median([sum(a.size + b.size for a, b in pairs) for pairs in contexts])
-    tokens = np.median([len(model.encode_context(pairs)) for pairs in contexts])
+    tokens = np.median([len(model.encoder(pairs)) for pairs in contexts])
     assert cells > 600 and tokens < 300
 
 
@@ -202,15 +202,15 @@ def test_dropping_is_said_once(cache: Path) -> None:
     said: list[str] = []
     model = build("tiny", cache, max_context_tokens=20, log=said.append)
     small, large = (grid(1, 1), grid(1, 1)), (grid(30, 30), grid(30, 30))
-    assert model.encode_context([large, small]) == model.encode_context([small])
-    assert model.encode_context([large]) == model.encode_context([])  # the header alone
+    assert model.encoder([large, small]) == model.encoder([small])
+    assert model.encoder([large]) == model.encoder([])  # the header alone
     assert len(said) == 1 and "1 of 2" in said[0] and "--max_context_tokens 20" in said[0]
 
 
 def test_encoder_travels_to_workers(cache: Path) -> None:
     model = build("tiny", cache)
     assert len(pickle.dumps(model.encoder)) < 200_000
-    assert pickle.loads(pickle.dumps(model.encoder))([(grid(3, 4), grid(2, 2))]) == model.encode_context(
+    assert pickle.loads(pickle.dumps(model.encoder))([(grid(3, 4), grid(2, 2))]) == model.encoder(
         [(grid(3, 4), grid(2, 2))]
     )
 
@@ -298,7 +298,7 @@ def test_bf16_autocast_gives_fp32_prompts_close_to_fp32_ones(tune: str, cache: P
 def test_different_tasks_get_different_prompts(cache: Path) -> None:
     """Untrained prompts carry the task: a good part of their second moment is variance across tasks."""
     model = build("tiny", cache)
-    contexts = [torch.tensor([model.encode_context(pairs)]) for pairs in real_contexts(40)]
+    contexts = [torch.tensor([model.encoder(pairs)]) for pairs in real_contexts(40)]
     with torch.no_grad():
         prompts = torch.cat([model(ids, torch.tensor([ids.shape[1]]))[0] for ids in contexts])
     assert (prompts.var(0).sum() / prompts.square().mean(0).sum()) > 0.25
@@ -464,7 +464,7 @@ def test_exported_files_and_weights_make_a_loadable_folder(spec: str, cache: Pat
     again = build(tmp_path, cache)
     assert torch.equal(again(*batch())[0], model(*batch())[0])
     pair = (grid(3, 4), grid(2, 2))
-    assert again.encode_context([pair]) == model.encode_context([pair])
+    assert again.encoder([pair]) == model.encoder([pair])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

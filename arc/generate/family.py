@@ -24,7 +24,6 @@ import numpy as np
 
 from arc.tasks import Grid, Pair
 
-BACKGROUND = 0
 PAINTS = range(1, 10)  # the colours that a task may fix: all but the background
 ATTEMPTS = 4000  # the hardest family needs about 60 on average for a test input
 TEST_SHARE = 4  # one in so many possible inputs is a test input

@@ -57,6 +57,10 @@ class TrainState:
                 raise UserError(f"--resume: the checkpoint's state {name} is {str(value)[:80]!r}")
             setattr(self, name, value)
 
+    def forget_validation(self) -> None:
+        """As before the first validation."""
+        self.val_accuracy = self.accuracy_delta = math.nan
+
     def count(self, row: Mapping[str, Any]) -> None:
         """Take in the row of a batch whose optimizer step is done."""
         self.batch, self.step = self.batch + 1, self.step + 1
