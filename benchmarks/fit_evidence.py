@@ -1,4 +1,4 @@
-"""Fits the size rules' priors and the weights of their record, and writes `arc/size_priors.json`.
+"""Fits the size rules' priors and the weights of their record, and writes `arc/evidence/size_priors.json`.
 
 Fitted on the development split only: every demonstration of the ARC-AGI-2 training tasks that are not also in
 ARC-AGI-1 evaluation, each held out from its task. Test pairs are not looked at.
