@@ -1,7 +1,7 @@
 """What each of the seven fixes, Qwen, the policy, the memory and the evidence are worth.
 
 Every variant is the real command with one thing turned off, trained on the same batches in the same order for the same
-number of steps, with several seeds; it is compared with the full program of the same seed. Scored on the development
+number of steps (but where half of the batches are of generated tasks), with several seeds; it is compared with the full program of the same seed. Scored on the development
 split (`--dev`): demonstrations of tasks held out whole, and one held-out demonstration of each training task. No test
 pair is touched. Several short epochs, because fixes 4 and 5 act across epochs.
 
@@ -39,21 +39,31 @@ FULL = "full"
 VARIANTS: dict[str, tuple[str, ...]] = {
     FULL: (),
     **{f"ablate_{number}": ("--ablate", str(number)) for number in ABLATION},
+    # The three things that fix 3 is made of.
+    "hard_cells": ("--hard_floor", "1"),
+    "grid_focus": ("--grid_focus", "0"),
+    "keep_solved": ("--keep_solved", "0"),
     "frozen_qwen": ("--qwen_tune", "frozen"),
     "no_policy": ("--no_policy",),
     "no_memory": ("--no_memory",),
     "no_evidence": ("--no_evidence",),
     "generated": ("--extra_data", "generated", "--episodes", "1776"),
+    "no_fixes": ("--ablate", ",".join(map(str, ABLATION))),
     "old": ("--old",),
 }
+ARC_ONLY = ("grid_focus", "keep_solved", "no_evidence", "generated")  # off, or impossible, from nothing
 MEANING = {
     **{f"ablate_{number}": f"fix {number} (off: {text})" for number, text in ABLATION.items()},
+    "hard_cells": "of fix 3, wrong cells weigh more than right ones (off: --hard_floor 1)",
+    "grid_focus": "of fix 3, grids that are nearly right weigh more (off: --grid_focus 0)",
+    "keep_solved": "of fix 3, grids that the vote solves weigh more (off: --keep_solved 0)",
     "frozen_qwen": "Qwen's backbone trains (off: frozen, queries and projection train)",
-    "no_policy": "the policy (off: one pass, no refinement)",
+    "no_policy": "the policy (off: no second pass in training, no refinement of prompts at test time)",
     "no_memory": "the memory bank",
     "no_evidence": "the evidence (off: no tables, no size rules, canvases of the input's size)",
-    "generated": "training on ARC alone (off: a third of the batches are of generated tasks)",
-    "old": "all seven fixes and the learning rates (off: the seed's settings, 1e-5 and 5e-5)",
+    "generated": "training on ARC alone (off: about half of the batches are of generated tasks)",
+    "no_fixes": "all seven fixes (off: each turned back, at the program's learning rates)",
+    "old": "all seven fixes and the learning rates (off: each turned back, at the seed's rates, 1e-5 and 5e-5)",
 }
 Measure = Callable[[Result], float]
 MEASURES: dict[str, Measure] = {

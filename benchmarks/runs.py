@@ -343,8 +343,28 @@ def difference(values: Sequence[float], scale: float = 100.0) -> str:
     return f"{mean} ± {error:.2f} [{min(scaled):+.2f}, {max(scaled):+.2f}]"
 
 
+# 97.5 % quantiles of Student's t by degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def beyond_chance(values: Sequence[float]) -> bool:
+    """Whether Student's 95 % interval around the mean of the differences leaves 0 out. Three seeds ask for 4.3 standard
+    errors, five for 2.8: an error that comes of few seeds is itself uncertain."""
+    if not 2 <= len(values) <= 1 + len(STUDENT):
+        return False
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return abs(statistics.fmean(values)) > STUDENT[len(values) - 2] * error
+
+
 def verdict(values: Sequence[float]) -> str:
-    """What the signs of paired differences say; nothing is rounded up to an effect."""
+    """What the signs of paired differences say, and whether that is more than chance; nothing is rounded up to an
+    effect."""
+    signs = signs_of(values)
+    return f"{signs}, beyond chance" if beyond_chance(values) else signs
+
+
+def signs_of(values: Sequence[float]) -> str:
+    """On which side of 0 they are."""
     if all(value == 0 for value in values):
         return "zero"
     seeds = "with the one seed" if len(values) == 1 else "with every seed"

@@ -107,7 +107,7 @@ def test_fixes(data_dir: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.C
 
 def test_fixes_covers_what_was_asked_for() -> None:
     """All seven fixes, the seed's settings, and every control; each is flags that the script takes."""
-    assert len(fixes.VARIANTS) == 14 and fixes.MEANING.keys() == fixes.VARIANTS.keys() - {fixes.FULL}
+    assert len(fixes.VARIANTS) == 18 and fixes.MEANING.keys() == fixes.VARIANTS.keys() - {fixes.FULL}
     taken = [vars(parse_arguments(flags)[0]) for flags in fixes.VARIANTS.values()]
     assert all(taken.count(flags) == 1 for flags in taken)
     jobs = fixes.make_jobs(*fixes.options(["--seeds", "3", "4", "--", "--amp", "off"]))
@@ -264,7 +264,7 @@ def test_what_a_fix_is_about_is_looked_for_where_it_acts() -> None:
 
 
 def test_scratch_turns_off_each_part() -> None:
-    assert scratch.PARTS.keys() == fixes.VARIANTS.keys() - {"no_evidence", "generated"}
+    assert scratch.PARTS.keys() == fixes.VARIANTS.keys() - {*fixes.ARC_ONLY, "hard_cells"}
     jobs = scratch.make_jobs(*scratch.options(["--seeds", "0", "1", "--budgets", "300"]))
     assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * len(scratch.PARTS)
     for job in jobs:
