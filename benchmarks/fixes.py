@@ -1,9 +1,10 @@
 """What each of the seven fixes, Qwen, the policy, the memory and the evidence are worth.
 
 Every variant is the real command with one thing turned off, trained on the same batches in the same order for the same
-number of steps (but where half of the batches are of generated tasks), with several seeds; it is compared with the full program of the same seed. Scored on the development
-split (`--dev`): demonstrations of tasks held out whole, and one held-out demonstration of each training task. No test
-pair is touched. Several short epochs, because fixes 4 and 5 act across epochs.
+number of steps (but where half of the batches are of generated tasks), with several seeds; it is compared with the full
+program of the same seed. Scored on the development split (`--dev`): demonstrations of tasks held out whole, and one
+held-out demonstration of each training task. No test pair is touched. Several short epochs, because fixes 4 and 5 act
+across epochs.
 
     python benchmarks/fixes.py [--steps 150] [--epochs 3] [--seeds 0 1 2] [--only ablate_3 no_policy] [-- FLAGS]
 
@@ -51,7 +52,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_fixes": ("--ablate", ",".join(map(str, ABLATION))),
     "old": ("--old",),
 }
-ARC_ONLY = ("grid_focus", "keep_solved", "no_evidence", "generated")  # off, or impossible, from nothing
+# From nothing the first is the whole of fix 3, and the others are off, or not there.
+ARC_ONLY = ("hard_cells", "grid_focus", "keep_solved", "no_evidence", "generated")
 MEANING = {
     **{f"ablate_{number}": f"fix {number} (off: {text})" for number, text in ABLATION.items()},
     "hard_cells": "of fix 3, wrong cells weigh more than right ones (off: --hard_floor 1)",

@@ -111,7 +111,7 @@ def test_fixes_covers_what_was_asked_for() -> None:
     taken = [vars(parse_arguments(flags)[0]) for flags in fixes.VARIANTS.values()]
     assert all(taken.count(flags) == 1 for flags in taken)
     jobs = fixes.make_jobs(*fixes.options(["--seeds", "3", "4", "--", "--amp", "off"]))
-    assert len(jobs) == len({job.name for job in jobs}) == 28
+    assert len(jobs) == len({job.name for job in jobs}) == 36
     for job in jobs:
         flags, given = parse_arguments(job.flags)
         assert (flags.dev, flags.epochs * flags.max_batches, flags.val_every, flags.amp) == (True, 150, 0, "off")
@@ -189,6 +189,10 @@ def test_paired_differences() -> None:
     [
         ([0.0, 0.0], "zero"),
         ([0.1, 0.2], "positive with every seed"),
+        ([0.1, 0.1, 0.3], "positive with every seed"),  # 2.5 standard errors of three
+        ([0.1, 0.11, 0.12], "positive with every seed, beyond chance"),
+        ([-0.1, -0.11, -0.12], "negative with every seed, beyond chance"),
+        ([0.5, -0.1, 0.5, 0.5, 0.5, 0.5], "positive on average, not with every seed, beyond chance"),
         ([-0.1, -0.2], "negative with every seed"),
         ([-0.1], "negative with the one seed"),
         ([0.2, -0.1], "positive on average, not with every seed"),
@@ -264,7 +268,7 @@ def test_what_a_fix_is_about_is_looked_for_where_it_acts() -> None:
 
 
 def test_scratch_turns_off_each_part() -> None:
-    assert scratch.PARTS.keys() == fixes.VARIANTS.keys() - {*fixes.ARC_ONLY, "hard_cells"}
+    assert scratch.PARTS.keys() == fixes.VARIANTS.keys() - set(fixes.ARC_ONLY)
     jobs = scratch.make_jobs(*scratch.options(["--seeds", "0", "1", "--budgets", "300"]))
     assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * len(scratch.PARTS)
     for job in jobs:
