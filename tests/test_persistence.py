@@ -32,7 +32,7 @@ from arc.persistence import runs, snapshot
 from arc.persistence.files import FileSpec, _parse_header, memory_available, read_safetensors
 from arc.persistence.folder import RunFolder
 from arc.persistence.lock import RunLock
-from arc.persistence.manifest import MAX_MANIFEST_BYTES
+from arc.persistence.manifest import MAX_MANIFEST_BYTES, read_manifest, seal
 from arc.persistence.names import MAX_DEPTH, Corrupt
 from arc.persistence.runs import human
 from arc.persistence.tree import dump_json
@@ -276,6 +276,12 @@ def test_shapes_in_a_header(shape: Any, *, read: bool) -> None:
             _parse_header(header, 1, "file")
 
 
+def test_an_empty_tensor_of_an_absurd_shape() -> None:
+    header = json.dumps({"x": {"dtype": "U8", "shape": [0, 1 << 44, 1 << 44], "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(Corrupt, match="'x' has an absurd shape"):
+        _parse_header(header, 0, "file")
+
+
 def test_a_tree_that_contains_itself_is_refused(persistence: ModelPersistence) -> None:
     tree: list[Any] = []
     tree.append(tree)
@@ -464,6 +470,79 @@ def test_corrupt_checkpoints_are_set_aside_by_name_and_kept(run: Path) -> None:
     text = "\n".join(lines)
     assert "step-000000003 is corrupt (optim.safetensors has 0 bytes" in text
     assert "step-000000002 is corrupt (manifest.json is missing)" in text
+
+
+def test_a_damaged_best_is_set_aside_under_all_its_names(run: Path) -> None:
+    """Else its step, the same file, is made the best again at the next start, in place of the valid one."""
+    with ModelPersistence(run, log=quiet) as persistence:
+        for step, value in ((1, 0.9), (2, 0.5)):
+            persistence.save(make_state(step), step=step, metrics={"val_accuracy": value}, wait=True)
+        damaged = run / "best-val_accuracy" / "model.safetensors"
+        content = bytearray(damaged.read_bytes())
+        content[-1] ^= 1
+        damaged.write_bytes(content)
+        assert persistence.load("best").step == 2
+        assert not (run / "step-000000001").exists() and len(list(run.glob(".bad-*"))) == 2
+        for step, value in ((3, 0.8), (4, 0.1)):
+            persistence.save(make_state(step), step=step, metrics={"val_accuracy": value}, wait=True)
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert persistence.load("best").step == 3
+
+
+def test_what_cannot_be_set_aside_is_said_in_one_line(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(make_state(1), step=1, wait=True)
+        (run / "step-000000001" / "model.safetensors").write_bytes(b"")
+
+        def full(name: str, path: str, target: Any) -> None:
+            if name == "rename" and ".bad-" in str(target):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+        with hooked(full), pytest.raises(PersistenceError, match="step-000000001 is damaged and can't be set aside"):
+            persistence.load()
+        with pytest.raises(PersistenceError, match="none of 1 is valid"):
+            persistence.load()
+        assert len(list(run.glob(".bad-step-000000001-*"))) == 1
+
+
+def test_what_cannot_be_deleted_yet_fails_no_save(run: Path) -> None:
+    lines: list[str] = []
+
+    def held_open(name: str, path: str, _: Any) -> None:
+        if name == "rmdir" and ".tmp-discarded-" in path:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    with ModelPersistence(run, keep=1, log=lines.append) as persistence, hooked(held_open):
+        for step in (1, 2):
+            persistence.save(make_state(step), step=step, wait=True)
+    assert any("can't be deleted yet" in line for line in lines) and list(run.glob(".tmp-discarded-*"))
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert persistence.load().step == 2 and not list(run.glob(".tmp-*"))
+
+
+def test_a_blobs_folder_that_is_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    victim, blob = tmp_path / "victim", f"sha256-{'a' * 64}.safetensors"
+    (victim / ".tmp-precious").mkdir(parents=True)
+    (victim / blob).write_bytes(b"not ours")
+    run.mkdir(parents=True)
+    (run / "blobs").symlink_to(victim)
+    with ModelPersistence(run, log=quiet) as persistence:
+        persistence.save(make_state(1), step=1, wait=True)
+        with pytest.raises(PersistenceError, match="blobs is a link"):
+            persistence.save(make_state(2), step=2, frozen=make_frozen(), wait=True)
+        assert persistence.load().step == 1
+    assert sorted(path.name for path in victim.iterdir()) == [".tmp-precious", blob]
+
+
+def test_a_time_beyond_all_numbers_is_a_broken_manifest(run: Path) -> None:
+    with ModelPersistence(run, log=quiet) as persistence:
+        for step in (1, 2):
+            persistence.save(make_state(step), step=step, wait=True)
+    body, _ = read_manifest(run / "step-000000002")
+    (run / "step-000000002" / "manifest.json").write_bytes(seal({**body, "created": 10**400}))
+    assert find_newest_run(run.parent) == run
+    with ModelPersistence(run, log=quiet) as persistence:
+        assert persistence.load().step == 1
 
 
 def test_if_nothing_is_valid_that_is_an_error(run: Path) -> None:

@@ -167,6 +167,65 @@ def test_a_backup_whose_manifests_are_unreadable_is_not_taken_for_ours(run: Path
     assert steps(drive / "a") == [9] and steps(drive / "a.2") == [1]
 
 
+def test_of_two_saves_of_a_step_the_newer_is_mirrored(run: Path, drive: Path) -> None:
+    """Where the best one is an earlier save of the newest's step."""
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 7, 0.5)
+        idle(persistence)
+        again = {"accuracy_delta": 0.5}
+        persistence.save(make_state(8), step=7, metrics=again, frozen=make_frozen(), wait=True)
+        assert same(persistence.load("best").state, make_state(7))
+    shutil.rmtree(run)
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        assert same(persistence.load().state, make_state(8))
+
+
+def test_a_step_that_is_saved_again_is_in_the_backup_all_the_time(run: Path, drive: Path) -> None:
+    """The mount fills up while the second save is copied: the first is what a new machine finds."""
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 1)
+        idle(persistence)
+        with hooked(flaky_mount("full", str(drive))):
+            persistence.save(make_state(2), step=1, frozen=make_frozen(), wait=True)
+            idle(persistence)
+        assert [entry.step for entry in scan(drive / "a")[0]] == [1]
+    shutil.rmtree(run)
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        assert same(persistence.load().state, make_state(1))
+        persistence.save(make_state(3), step=1, frozen=make_frozen(), wait=True)
+    assert sorted(path.name for path in (drive / "a").glob("*step-*")) == ["step-000000001"]
+
+
+def test_a_damaged_run_gets_its_own_backup_not_its_namesakes(run: Path, drive: Path, tmp_path: Path) -> None:
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 10)
+    run.rename(tmp_path / "first")
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 20)  # to a.2, and later than the other
+    shutil.rmtree(run)
+    (tmp_path / "first").rename(run)
+    _flip_bit(run / "step-000000010" / "model.safetensors", 200)
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        assert persistence.load().step == 10
+
+
+def test_a_folder_that_a_namesake_has_begun_is_left_to_it(run: Path, drive: Path) -> None:
+    """Its ledger is there, its first checkpoint is not yet; and should both be in one folder, neither is deleted."""
+    (drive / "a").mkdir()
+    (drive / "a" / "ledger.json").write_text(json.dumps({"run": "f" * 32, "bytes": 0}))
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 1)
+    assert steps(drive / "a") == [] and steps(drive / "a.2") == [1]
+    other = run.with_name("other")
+    with ModelPersistence(other, log=quiet) as persistence:
+        save(persistence, 5)
+    shutil.copytree(other / "step-000000005", drive / "a.2" / "step-000000005")
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        save(persistence, 2)
+        idle(persistence)
+    assert 5 in steps(drive / "a.2")
+
+
 def test_the_quota_is_kept_and_the_newest_goes_before_the_best(run: Path, drive: Path) -> None:
     one = ModelPersistence.estimate_bytes(make_state(1, 200), make_frozen())
     quota = 2.5 * one / 1e9  # room for two

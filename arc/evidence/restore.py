@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
@@ -122,6 +122,7 @@ def _agreement(scene: Scene, mask: int) -> _Agreement:
     return scene.remember((_Agreement, mask), lambda: _Agreement(scene.grid, mask))
 
 
+@cache  # one change for a cut and a program that both ask for it: what it makes of a scene is found once
 def repeated(hidden: MaskPick) -> Transform:
     """Hidden cells filled in from the repetitions of the visible ones."""
 
@@ -149,6 +150,7 @@ def repeated(hidden: MaskPick) -> Transform:
     return change
 
 
+@cache
 def mirrored(hidden: MaskPick) -> Transform:
     """Hidden cells filled in from the mirror images of the visible ones, axes found by agreement."""
 

@@ -102,7 +102,7 @@ class Scene:
 
     @cached_property
     def panels(self) -> list[Grid]:
-        """Equal panels between full lines of one colour, in reading order; else the halves the grid falls into."""
+        """Equal panels between full lines of one colour, in reading order; none where there are no such lines."""
         rows, cols, colour = self.lines
         if colour is None:
             return []

@@ -6,6 +6,7 @@ of all queries one after the other in one zlib stream. Nothing in it says how mu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import stat
 import warnings
@@ -35,7 +36,8 @@ def package_version() -> str:
     fitted prior) never meets a cache entry of before."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("*.json")], key=lambda path: path.name):
+    files = (path for path in folder.iterdir() if path.suffix in (".py", ".json") and path.name[0] != ".")
+    for path in sorted(files, key=lambda path: path.name):  # without what an editor keeps beside a file
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
@@ -202,7 +204,9 @@ class EvidenceStore:
         """Whether `get` will find the task's evidence without computing it (a damaged cache file aside)."""
         key = evidence_key(task, self.feedback_pairs)
         path = self._path(key)
-        return key in self._memory or (path is not None and path.exists())
+        with contextlib.suppress(OSError):  # a folder that may not be looked into
+            return key in self._memory or (path is not None and path.exists())
+        return False
 
     def get(self, task: Task) -> TaskQueries:
         """The task's evidence, from memory, from disk or computed."""
@@ -254,7 +258,7 @@ class EvidenceStore:
         content = pack(queries.to_arrays())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, sign(key, content) + content)
+            replace_file(path, sign(key, content) + content, sync=False)  # `_read` knows a torn one
         except OSError as error:
             problem = f"evidence cache {self.cache_dir} cannot be written ({error}); going on without it"
             warnings.warn(problem, stacklevel=3)

@@ -218,6 +218,8 @@ def _parse_header(header: bytes, data_bytes: int, file: str) -> list[tuple[str, 
         shape, offsets = entry["shape"], entry["data_offsets"]
         if dtype is None or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
             raise Corrupt(f"{file}: broken header entry {name[:80]!r}")
+        if math.prod(max(1, side) for side in shape) > MAX_FILE_BYTES:  # of an empty tensor too: torch refuses it
+            raise Corrupt(f"{file}: {name[:80]!r} has an absurd shape")
         if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
             raise Corrupt(f"{file}: {name[:80]!r} has the wrong number of bytes")
         rows.append((offsets[0], offsets[1], name, dtype, tuple(shape)))

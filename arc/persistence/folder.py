@@ -38,6 +38,7 @@ class RunFolder:
         self.path = path
         self.log = log
         self.run_id = uuid.uuid4().hex
+        self.adopted = False  # whether the id is that of checkpoints that were here
         self.sequence = 0
         self.cache: Cache = {}
         self._blobs = _Blobs(path / "blobs")
@@ -113,7 +114,15 @@ class RunFolder:
         """Deletes a checkpoint folder; its name goes first, so that no half-deleted one is ever seen."""
         trash = self.path / f".tmp-discarded-{uuid.uuid4().hex}"
         os.rename(folder, trash)
-        remove_tree(trash)
+        self.sweep(trash)
+
+    def sweep(self, path: Path) -> None:
+        """Deletes what no longer counts. What cannot be deleted yet (held open on a network mount) is in nobody's way:
+        the next writer tries again."""
+        try:
+            remove_tree(path)
+        except OSError as error:
+            self.log(f"[Checkpoint] {path.name} can't be deleted yet ({error.strerror})")
 
     def quarantine(self, folder: Path) -> None:
         """Sets a checkpoint that fails verification aside, where nothing here ever deletes it. Raises: OSError."""
@@ -159,6 +168,8 @@ class _Blobs:
         if known is not None:
             return known
         self._folder.mkdir(exist_ok=True)
+        if self._folder.is_symlink():
+            raise PersistenceError(f"{self._folder} is a link: nothing is written through it")
         image = image_of(frozen)
         digest = hashlib.sha256()
         for part in stream(image):

@@ -22,9 +22,8 @@ except ImportError:  # Windows: the lock falls back to a heartbeat file
 
 class RunLock:
     """One writer a run. flock where there is one: the kernel frees it when its holder dies, however it dies. On a
-    folder without flock (some network mounts): a file created exclusively whose holder refreshes it every
-    `HEARTBEAT` seconds; one not refreshed for `STALE` seconds, or whose holder was on this machine and is dead, is
-    taken over."""
+    folder without flock (some network mounts): a file that its holder refreshes every `HEARTBEAT` seconds; one not
+    refreshed for `STALE` seconds, or whose holder was on this machine and is dead, is taken over."""
 
     HEARTBEAT, STALE = 20.0, 120.0
     REMAINS = 5.0  # seconds in which a dead holder's children let go of a lock that they were born with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -134,8 +135,8 @@ def _check_manifest(folder: Path, body: Any, digest: str) -> Entry:
         if type(body[key]) not in types:
             raise Corrupt(f"{MANIFEST}: {key} has the wrong type")
     step, sequence = body["step"], body["sequence"]
-    if not 0 <= step <= MAX_STEP or not 0 <= sequence < 1 << 62:
-        raise Corrupt(f"{MANIFEST}: step or sequence is out of range")
+    if not 0 <= step <= MAX_STEP or not 0 <= sequence < 1 << 62 or not abs(body["created"]) < 1 << 62:
+        raise Corrupt(f"{MANIFEST}: step, sequence or time is out of range")
     named = STEP_NAME.fullmatch(folder.name)
     if named and int(named.group(1)) != step:
         raise Corrupt(f"{MANIFEST} is that of step {step}")
@@ -213,6 +214,13 @@ def _read_frozen(entry: Entry, spec: FileSpec, keep: bool) -> dict[str, torch.Te
 def is_whole(entry: Entry) -> bool:
     """All files there with the right sizes: the cheap check, without reading them."""
     return all(size_of(entry.path / name) == spec.size for name, spec in entry.files.items())
+
+
+def is_linked(entry: Entry, folder: Path) -> bool:
+    """Whether `folder` holds the very files of a checkpoint, not copies of them."""
+    with contextlib.suppress(OSError):
+        return all((entry.path / name).samefile(folder / name) for name in entry.files)
+    return False
 
 
 Cache = dict[tuple[Path, int, int, int], Entry]  # by path, inode, time and length of the manifest

@@ -12,6 +12,7 @@ import io
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from arc.persistence.manifest import (
     read_manifest,
     scan,
 )  # fmt: skip
-from arc.persistence.names import BEST_METRICS, MANIFEST, STEP_NAME, Corrupt, PersistenceError
+from arc.persistence.names import BEST_METRICS, MANIFEST, OLD_NAME, STEP_NAME, Corrupt, PersistenceError
 from arc.persistence.tree import dump_json, parse_json
 
 SIDE_FILES = ("config.json", "metrics.jsonl", "train.log")
@@ -149,13 +150,13 @@ class Mirror:
         self._write_ledger(root, wanted[0].run)
 
     def _plan(self) -> list[Entry]:
-        """What should be there, most wanted first."""
+        """What should be there, most wanted first; of several saves of a step, which have one name there, one."""
         newest = [entry for entry in scan(self._run)[0] if is_whole(entry)][:1]
-        out: dict[str, Entry] = {entry.digest: entry for entry in newest}
+        out: dict[int, Entry] = {entry.step: entry for entry in newest}
         for metric in BEST_METRICS:
             with contextlib.suppress(Corrupt, OSError):
                 entry = read_manifest(self._run / f"best-{metric}")[1]
-                out.setdefault(entry.digest, entry)
+                out.setdefault(entry.step, entry)
         return list(out.values())
 
     def _choose_root(self, run_id: str) -> Path:
@@ -166,7 +167,8 @@ class Mirror:
             os.mkdir(self._backup_dir)  # not its parents: a mount that is gone must not be replaced by a local folder
         for root in backup_roots(self._backup_dir, self._run.name):
             steps = root.is_dir() and any(STEP_NAME.fullmatch(name) for name in os.listdir(root))
-            if not steps or _run_of_backup(root) == run_id:
+            owner = _run_of_backup(root)
+            if owner == run_id or (owner is None and not steps):
                 root.mkdir(exist_ok=True)
                 self._write_ledger(root, run_id)
                 self._root = root
@@ -226,15 +228,29 @@ class Mirror:
                 raise _NotCopied from None
             if entry.digest.encode() not in manifest[:100]:  # the folder was replaced: its files may be of two saves
                 raise _NotCopied
-            if target.exists():
-                self._delete(target)
+            old = self._put_aside(target)
             target.mkdir()
             for name, source in sources.items():
                 self._copy_checked(source, target / name, entry.files[name])
             if blob is not None and entry.frozen is not None and not _has_blob(root, entry):
                 (root / "blobs").mkdir(exist_ok=True)
+                if (root / "blobs").is_symlink():
+                    raise PersistenceError(f"{root / 'blobs'} is a link")
                 self._copy_checked(blob, root / "blobs" / blob_name(entry.frozen), entry.frozen)
             self._settled(target / MANIFEST, write_file(target / MANIFEST, [memoryview(manifest)], anew=False).size)
+            if old is not None:
+                self._delete(old)
+
+    def _put_aside(self, target: Path) -> Path | None:
+        """Makes room for another save of a step. A complete one moves to the name returned, where it counts until its
+        successor is complete: it may be the only one."""
+        if target.name not in {have.path.name for have in self._complete(target.parent)}:
+            if target.exists():
+                self._delete(target)
+            return None
+        old = target.with_name(f".old-{target.name}-{uuid.uuid4().hex}")
+        os.rename(target, old)
+        return old
 
     def _copy_checked(self, source: io.FileIO, target: Path, spec: FileSpec) -> None:
         if write_file(target, chunks(source), anew=False) != spec:
@@ -255,11 +271,15 @@ class Mirror:
         complete = self._complete(root)
         if wanted[0].digest not in {entry.digest for entry in complete}:
             return
-        kept = [entry for entry in complete if entry.digest in {w.digest for w in wanted}]
+        # Another run's are not this one's to delete, should two have come to share a folder.
+        ours = {w.digest for w in wanted}
+        kept = [entry for entry in complete if entry.digest in ours or entry.run != wanted[0].run]
         names = {entry.path.name for entry in kept}
         for name in os.listdir(root):
-            if STEP_NAME.fullmatch(name) and name not in names:
+            if (STEP_NAME.fullmatch(name) or OLD_NAME.fullmatch(name)) and name not in names:
                 self._delete(root / name)
+        if (root / "blobs").is_symlink():
+            return
         blobs = {blob_name(entry.frozen) for entry in kept if entry.frozen}
         for path in (root / "blobs").glob("sha256-*"):
             if path.name not in blobs:

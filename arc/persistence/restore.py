@@ -36,7 +36,7 @@ def restore(run: RunFolder, backup_dir: Path) -> bool:
 
 def _backup_of(run: RunFolder, backup_dir: Path) -> Path | None:
     """The folder of this run in the backup: by its id where the run is known here, else the most recent."""
-    known = bool(scan(run.path)[0])
+    known = run.adopted  # nothing may be left of it here that is not set aside
     found = []
     for root in backup_roots(backup_dir, run.path.absolute().name):
         entries, _ = scan(root)

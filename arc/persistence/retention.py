@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from arc.persistence.files import copy_file, fsync_dir, remove_tree, removed_on_error
+from arc.persistence.files import copy_file, fsync_dir, removed_on_error
 from arc.persistence.folder import RunFolder
 from arc.persistence.manifest import Entry, blob_name, is_whole, scan
 from arc.persistence.names import (
@@ -86,7 +86,9 @@ class Retention:
 
     def _prune_blobs(self, entries: Sequence[Entry]) -> None:
         folder = self._run / "blobs"
-        if not folder.is_dir() or any(name.startswith(".bad-") for name in os.listdir(self._run)):
+        if folder.is_symlink() or not folder.is_dir():
+            return
+        if any(name.startswith(".bad-") for name in os.listdir(self._run)):
             return
         bests = [entry for metric in BEST_METRICS if (entry := self.best_entry(metric)) is not None]
         kept = [entry for entry in entries if entry.path.exists()]
@@ -105,12 +107,12 @@ class Retention:
             if old and not (self._run / old.group(1)).exists():
                 os.rename(path, self._run / old.group(1))
             elif old or TMP_NAME.fullmatch(name):
-                remove_tree(path)
+                self._folder.sweep(path)
                 swept += 1
         blobs = self._run / "blobs"
-        for name in os.listdir(blobs) if blobs.is_dir() else []:
+        for name in os.listdir(blobs) if blobs.is_dir() and not blobs.is_symlink() else []:
             if TMP_NAME.fullmatch(name):
-                remove_tree(blobs / name)
+                self._folder.sweep(blobs / name)
                 swept += 1
         if swept:
             self._folder.log(f"[Checkpoint] swept {swept} unfinished item(s) from {self._run}")
@@ -122,6 +124,6 @@ class Retention:
         bests = [entry for metric in BEST_METRICS if (entry := self.best_entry(metric)) is not None]
         # Best ones count too: after a quarantine they may be all that is left.
         for entry in sorted([*entries, *bests], key=lambda e: e.sequence):
-            self._folder.run_id, self._folder.sequence = entry.run, entry.sequence
+            self._folder.run_id, self._folder.sequence, self._folder.adopted = entry.run, entry.sequence, True
             if is_whole(entry):
                 self._update_best(entry)

@@ -16,7 +16,7 @@ import torch
 from arc.persistence.files import image_of, make_folder
 from arc.persistence.folder import RunFolder
 from arc.persistence.lock import RunLock
-from arc.persistence.manifest import Checkpoint, is_whole, read_checkpoint, scan, seal
+from arc.persistence.manifest import Checkpoint, is_linked, is_whole, read_checkpoint, read_manifest, scan, seal
 from arc.persistence.mirror import Mirror
 from arc.persistence.names import BEST_METRICS, Corrupt, FrozenMissing, PersistenceError
 from arc.persistence.restore import restore
@@ -234,12 +234,24 @@ class ModelPersistence:
                 self._log(f"[Checkpoint] {error}; trying an older one")
             except Corrupt as error:
                 if folder.exists():
-                    self._damaged.add(folder)
+                    self._damaged |= {folder, *self._links_of(folder)}
                     self._log(f"[Checkpoint] {folder.name} is corrupt ({error}); trying an older one")
             except OSError as error:
                 self._log(f"[Checkpoint] {folder} can't be read ({error.strerror}); trying an older one")
             tried += 1
         return tried
+
+    def _links_of(self, folder: Path) -> set[Path]:
+        """The folders that are the same checkpoint, with the same files under other names (a best one and its step):
+        if one is damaged, so are they."""
+        with contextlib.suppress(Corrupt, OSError):
+            entry = read_manifest(folder)[1]
+            others = [*(each.path for each in scan(self.output_dir)[0]), *self._bests()]
+            return {other for other in others if is_linked(entry, other)}
+        return set()
+
+    def _bests(self) -> list[Path]:
+        return [path for metric in BEST_METRICS if (path := self.output_dir / f"best-{metric}").is_dir()]
 
     def _load_path(self, folder: Path) -> Checkpoint:
         try:
@@ -254,8 +266,7 @@ class ModelPersistence:
         """Folders to try, in turn. Those with a broken manifest come first, to be set aside by name."""
         entries, broken = scan(self.output_dir)
         latest = [*broken, *(entry.path for entry in entries)]
-        bests = [self.output_dir / f"best-{metric}" for metric in BEST_METRICS]
-        bests = [path for path in bests if path.is_dir()]
+        bests = self._bests()
         if which == "best":
             if not bests:
                 self._log("[Checkpoint] no best checkpoint yet: using the latest")
@@ -263,11 +274,14 @@ class ModelPersistence:
         return [*latest, *bests]  # a best one is older than nothing at all
 
     def _set_aside(self) -> None:
-        """Quarantine what loads have found damaged; what is only read stays as it is."""
-        while self._damaged and not self.read_only:
-            folder = self._damaged.pop()
-            if folder.exists():
-                self._folder.quarantine(folder)
+        """Quarantine what loads have found damaged; what is only read stays as it is. Raises: PersistenceError."""
+        for folder in sorted(self._damaged) if not self.read_only else []:
+            try:
+                if folder.exists():
+                    self._folder.quarantine(folder)
+            except OSError as error:
+                raise PersistenceError(f"{folder} is damaged and can't be set aside: {error.strerror}") from error
+            self._damaged.discard(folder)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose manifest is sound and whose files have the right sizes, or None."""

@@ -68,12 +68,14 @@ def default_cache() -> str:
     )
 
 
-def replace_file(path: Path, content: str | bytes, *, check: Callable[[Path], None] | None = None) -> None:
+def replace_file(
+    path: Path, content: str | bytes, *, check: Callable[[Path], None] | None = None, sync: bool = True
+) -> None:
     """Write `content` (text as UTF-8) to `path`; a reader finds the old file or the whole new one, and a symbolic link
     is replaced, not followed.
 
     check: called with the new file, whole and synced, before it takes the place of the old one; what it raises leaves
-    the old one. Raises OSError.
+    the old one. sync: False where a file that a crash leaves torn is known for it and made anew. Raises OSError.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, whatever length the name has
@@ -81,7 +83,8 @@ def replace_file(path: Path, content: str | bytes, *, check: Callable[[Path], No
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if check is not None:
             check(temporary)
         os.replace(temporary, path)
