@@ -4,7 +4,7 @@
     python benchmarks/frameworks.py [--repeats 5] [--batches 40] [-- FLAGS]
 
 Every loop gets batches that are ready, in this process, and makes the training step of the script (`train_step`) with
-the script's own optimizers. Bare: forward, backward, clipping, step, and nothing else. Ours: `train_epoch`, with its
+the script's own optimizers. Bare: the script's step and update, and nothing else. Ours: `train_epoch`, with its
 records, red flags, guarded step and progress bar. Trainer and Lightning: their own loops with a log entry a step, no
 checkpoints, no bars. In turn, several times; seconds are those between the arrival of a batch and that of a later one.
 Prints markdown.

@@ -57,7 +57,6 @@ ABOUT: dict[str, tuple[str, str, tuple[float, float], int]] = {
     "ablate_3": ("share of wrong cells, last quarter", "mask_ratio", (0.75, 1.0), -1),
     "ablate_4": ("loss of the sizes in nats, first quarter", "efe.size", (0.0, 0.25), -1),
     "ablate_5": ("entries of the memory after the first epoch", "memory.size", (0.0, 0.25), 1),
-    "ablate_6": ("Reward, last quarter", "reward", (0.75, 1.0), 1),
     "ablate_7": ("queries a second", "samples_per_s", (0.1, 1.0), 1),
 }
 

@@ -1,9 +1,9 @@
 """What a training query costs, and where the time goes.
 
-- full: queries a second of the real command (`metrics.jsonl`, after a few batches), seconds from the start of the
-  process to its first batch, and its largest resident memory, in this checkout and in those named by `--against`,
-  taken in turn, several times;
-- bare: the same forward, backward and step on batches that are ready, with nothing around them: the floor;
+- full: queries a second of the real command's steps (`metrics.jsonl`, after a few batches; waiting for a batch is not
+  in it), seconds from the start of the process to its first batch, and its largest resident memory, in this checkout
+  and in those named by `--against`, taken in turn, several times, each with its own defaults;
+- bare: the same step and update on batches that are ready, without loader, records, log and checkpoints: the floor;
 - matmul: floating-point operations a second of a large product in the dtype used, and the share that the floor reaches;
 - evidence: core-seconds a task with nothing cached, in each checkout;
 - validation: test pairs a second with four views, evidence cached, as the difference of two commands that validate on
