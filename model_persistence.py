@@ -30,8 +30,9 @@ Use
         persistence.save(state, step=150, metrics={"accuracy_delta": 0.02})
     python model_persistence.py inspect runs/x  |  verify runs/x  |  export runs/x DEST
 
-What it does not promise: a disk that lies about fsync, two writers on a network folder that has no locks and clocks
-that differ by minutes, or someone who edits a file *and* forges the digests.
+What it does not promise: a disk that lies about fsync, two writers on a network folder that has no locks where clocks
+differ by minutes, one was suspended for minutes or two machines have one name, or someone who edits a file *and* forges
+the digests.
 """
 
 from __future__ import annotations
