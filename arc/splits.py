@@ -108,6 +108,12 @@ def _asked(tasks: Iterable[Task]) -> Inputs:
     return {(pair.input.shape, pair.input.tobytes()) for task in tasks for pair in task.test}
 
 
+def _less(tasks: Iterable[tuple[Task, Inputs]]) -> tuple[Task, ...]:
+    """Each task without the demonstrations that start from the inputs beside it; those that have two left."""
+    kept = (Task(task.id, _not_asked(task, asked), task.test) for task, asked in tasks)
+    return tuple(task for task in kept if len(task.train) > 1)
+
+
 def _not_asked(task: Task, asked: Inputs) -> tuple[Pair, ...]:
     """The demonstrations of `task` that start from none of these inputs."""
     return tuple(pair for pair in task.train if (pair.input.shape, pair.input.tobytes()) not in asked)
@@ -311,8 +317,7 @@ def load_extra(args: Choice) -> tuple[Task, ...]:
         tasks = load_dataset(str(args.extra_data), whole_lists=True).training
     except UserError as error:
         raise UserError(f"--extra_data: {error}") from None
-    kept = [Task(task.id, _not_asked(task, _asked([task])), task.test) for task in tasks]
-    found = tuple(task for task in kept if len(task.train) > 1)
+    found = _less((task, _asked([task])) for task in tasks)
     if not found:
         raise UserError(f"--extra_data {args.extra_data}: no training task with two demonstrations in it")
     return found
@@ -330,8 +335,7 @@ def held_apart(
     if dropped:
         log(f"Extra data: {len(dropped)} of {len(extra)} tasks are also among those held back, and are not trained on")
     asked = _asked(task for split in splits for task in split.tasks)
-    less = [Task(task.id, _not_asked(task, asked), task.test) for task in kept]
-    found = tuple(task for task in less if len(task.train) > 1)
+    found = _less((task, asked) for task in kept)
     if extra and not found:
         raise UserError(f"--extra_data {args.extra_data}: all that is in it is held back for --val_splits")
     return found
@@ -343,9 +347,9 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     A training task that is also an evaluation task, by content, is not trained on: the unseen split holds it back,
     and the adapted one trains on the evaluation set's copy, whose test pairs are scored.
     """
-    if args.data == GENERATED and args.unseen == GENERATED and not (args.adapt or args.dev):
-        return generated_splits(args, data)
     drawn = args.data == GENERATED
+    if drawn and args.unseen == GENERATED and not (args.adapt or args.dev):
+        return generated_splits(args, data)
     if not (data.training or args.adapt or drawn):
         raise UserError(
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
@@ -364,8 +368,8 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     kept: tuple[Task, ...] = data.training
     evaluation: tuple[Task, ...] = ()
     if name in args.val_splits or args.adapt:
-        other = bool(data.training) or drawn
-        evaluation = load(args, args.unseen, as_evaluation=True).evaluation if other else data.evaluation
+        own = not (data.training or drawn)
+        evaluation = data.evaluation if own else load(args, args.unseen, as_evaluation=True).evaluation
         if not evaluation:
             raise UserError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
         kept, dropped = drop_duplicates(data.training, evaluation)

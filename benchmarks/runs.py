@@ -339,8 +339,12 @@ def difference(values: Sequence[float], scale: float = 100.0) -> str:
     mean = f"{statistics.fmean(scaled):+.2f}"
     if len(scaled) < 2:
         return mean
-    error = statistics.stdev(scaled) / math.sqrt(len(scaled))
-    return f"{mean} ± {error:.2f} [{min(scaled):+.2f}, {max(scaled):+.2f}]"
+    return f"{mean} ± {standard_error(scaled):.2f} [{min(scaled):+.2f}, {max(scaled):+.2f}]"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of two values or more."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 # 97.5 % quantiles of Student's t by degrees of freedom.
@@ -352,8 +356,7 @@ def beyond_chance(values: Sequence[float]) -> bool:
     errors, five for 2.8: an error that comes of few seeds is itself uncertain."""
     if not 2 <= len(values) <= 1 + len(STUDENT):
         return False
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return abs(statistics.fmean(values)) > STUDENT[len(values) - 2] * error
+    return abs(statistics.fmean(values)) > STUDENT[len(values) - 2] * standard_error(values)
 
 
 def verdict(values: Sequence[float]) -> str:

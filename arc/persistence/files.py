@@ -241,7 +241,7 @@ def _is_sizes(value: Any) -> bool:
 def remove_tree(path: Path) -> None:
     """Deletes a folder, or a file or link in its place; what is already gone is fine. Links are not followed."""
     try:
-        if path.is_dir() and not path.is_symlink():
+        if is_own_folder(path):
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -258,6 +258,18 @@ def removed_on_error(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             remove_tree(path)
         raise
+
+
+def is_own_folder(path: Path) -> bool:
+    """Whether it is a folder, and no link to one that may be anybody's."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def make_own_folder(path: Path) -> None:
+    """mkdir unless it is there. Raises: PersistenceError if that is a link, through which nothing is written."""
+    path.mkdir(exist_ok=True)
+    if not is_own_folder(path):
+        raise PersistenceError(f"{path} is a link: nothing is written through it")
 
 
 def make_folder(path: Path) -> None:

@@ -18,6 +18,7 @@ from arc.persistence.files import (
     FileSpec,
     fsync_dir,
     image_of,
+    make_own_folder,
     read_safetensors,
     remove_tree,
     removed_on_error,
@@ -25,7 +26,7 @@ from arc.persistence.files import (
     write_file,
 )  # fmt: skip
 from arc.persistence.manifest import Cache, Entry, blob_name, file_of, read_cached, seal
-from arc.persistence.names import FORMAT, FROZEN, MANIFEST, VERSION, Corrupt, PersistenceError
+from arc.persistence.names import FORMAT, FROZEN, MANIFEST, VERSION, Corrupt, PersistenceError, old_name
 from arc.persistence.snapshot import Snapshot
 from arc.persistence.tree import float_node
 
@@ -96,7 +97,7 @@ class RunFolder:
     def move_in(self, tmp: Path, final: Path) -> None:
         """Renames a finished folder into place. One that is there is moved aside first: killed in between, the next
         writer puts it back."""
-        old = self.path / f".old-{final.name}-{uuid.uuid4().hex}"
+        old = self.path / old_name(final.name)
         replaced = final.exists()
         if replaced:
             os.rename(final, old)
@@ -167,9 +168,7 @@ class _Blobs:
         known = self.known(frozen)
         if known is not None:
             return known
-        self._folder.mkdir(exist_ok=True)
-        if self._folder.is_symlink():
-            raise PersistenceError(f"{self._folder} is a link: nothing is written through it")
+        make_own_folder(self._folder)
         image = image_of(frozen)
         digest = hashlib.sha256()
         for part in stream(image):

@@ -12,13 +12,14 @@ import io
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from arc.persistence.files import (
     FileSpec,
     chunks,
+    is_own_folder,
+    make_own_folder,
     open_regular,
     size_of,
     tree_size,
@@ -33,7 +34,7 @@ from arc.persistence.manifest import (
     read_manifest,
     scan,
 )  # fmt: skip
-from arc.persistence.names import BEST_METRICS, MANIFEST, OLD_NAME, STEP_NAME, Corrupt, PersistenceError
+from arc.persistence.names import BEST_METRICS, MANIFEST, OLD_NAME, STEP_NAME, Corrupt, PersistenceError, old_name
 from arc.persistence.tree import dump_json, parse_json
 
 SIDE_FILES = ("config.json", "metrics.jsonl", "train.log")
@@ -178,7 +179,7 @@ class Mirror:
     @staticmethod
     def _complete(root: Path) -> list[Entry]:
         """Checkpoints that are there with every file at its full length, newest first."""
-        return [entry for entry in scan(root)[0] if is_whole(entry) and (not entry.frozen or _has_blob(root, entry))]
+        return [entry for entry in scan(root)[0] if _is_complete(root, entry)]
 
     def _make_room(self, root: Path, wanted: Sequence[Entry], rank: int) -> bool:
         """Deletes what is worth less than `wanted[rank]` until that fits; never the only complete checkpoint, and
@@ -233,9 +234,7 @@ class Mirror:
             for name, source in sources.items():
                 self._copy_checked(source, target / name, entry.files[name])
             if blob is not None and entry.frozen is not None and not _has_blob(root, entry):
-                (root / "blobs").mkdir(exist_ok=True)
-                if (root / "blobs").is_symlink():
-                    raise PersistenceError(f"{root / 'blobs'} is a link")
+                make_own_folder(root / "blobs")
                 self._copy_checked(blob, root / "blobs" / blob_name(entry.frozen), entry.frozen)
             self._settled(target / MANIFEST, write_file(target / MANIFEST, [memoryview(manifest)], anew=False).size)
             if old is not None:
@@ -244,11 +243,16 @@ class Mirror:
     def _put_aside(self, target: Path) -> Path | None:
         """Makes room for another save of a step. A complete one moves to the name returned, where it counts until its
         successor is complete: it may be the only one."""
-        if target.name not in {have.path.name for have in self._complete(target.parent)}:
-            if target.exists():
-                self._delete(target)
+        if not target.exists():
             return None
-        old = target.with_name(f".old-{target.name}-{uuid.uuid4().hex}")
+        try:
+            complete = _is_complete(target.parent, read_manifest(target)[1])
+        except (Corrupt, OSError):
+            complete = False
+        if not complete:
+            self._delete(target)
+            return None
+        old = target.with_name(old_name(target.name))
         os.rename(target, old)
         return old
 
@@ -278,10 +282,8 @@ class Mirror:
         for name in os.listdir(root):
             if (STEP_NAME.fullmatch(name) or OLD_NAME.fullmatch(name)) and name not in names:
                 self._delete(root / name)
-        if (root / "blobs").is_symlink():
-            return
         blobs = {blob_name(entry.frozen) for entry in kept if entry.frozen}
-        for path in (root / "blobs").glob("sha256-*"):
+        for path in (root / "blobs").glob("sha256-*") if is_own_folder(root / "blobs") else []:
             if path.name not in blobs:
                 truncate_and_unlink(path)
 
@@ -327,6 +329,10 @@ def _read_ledger(path: Path) -> tuple[str | None, int]:
             ledger = parse_json(file.read(1 << 20) or b"")
         return str(ledger["run"]), max(0, int(ledger["bytes"]))
     return None, 0
+
+
+def _is_complete(root: Path, entry: Entry) -> bool:
+    return is_whole(entry) and (not entry.frozen or _has_blob(root, entry))
 
 
 def _has_blob(root: Path, entry: Entry) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 
 FORMAT = "arc-checkpoint"
 VERSION = 1
@@ -26,6 +27,11 @@ TMP_NAME = re.compile(r"\.tmp-[0-9A-Za-z_.-]+")
 BLOB_NAME = re.compile(r"sha256-([0-9a-f]{64})\.safetensors")
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def old_name(name: str) -> str:
+    """What a checkpoint is called (`OLD_NAME`) from when it makes room for another of its name until that is there."""
+    return f".old-{name}-{uuid.uuid4().hex}"
 
 
 class PersistenceError(RuntimeError):

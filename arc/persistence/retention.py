@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from arc.persistence.files import copy_file, fsync_dir, removed_on_error
+from arc.persistence.files import copy_file, fsync_dir, is_own_folder, removed_on_error
 from arc.persistence.folder import RunFolder
 from arc.persistence.manifest import Entry, blob_name, is_whole, scan
 from arc.persistence.names import (
@@ -86,9 +86,7 @@ class Retention:
 
     def _prune_blobs(self, entries: Sequence[Entry]) -> None:
         folder = self._run / "blobs"
-        if folder.is_symlink() or not folder.is_dir():
-            return
-        if any(name.startswith(".bad-") for name in os.listdir(self._run)):
+        if not is_own_folder(folder) or any(name.startswith(".bad-") for name in os.listdir(self._run)):
             return
         bests = [entry for metric in BEST_METRICS if (entry := self.best_entry(metric)) is not None]
         kept = [entry for entry in entries if entry.path.exists()]
@@ -110,7 +108,7 @@ class Retention:
                 self._folder.sweep(path)
                 swept += 1
         blobs = self._run / "blobs"
-        for name in os.listdir(blobs) if blobs.is_dir() and not blobs.is_symlink() else []:
+        for name in os.listdir(blobs) if is_own_folder(blobs) else []:
             if TMP_NAME.fullmatch(name):
                 self._folder.sweep(blobs / name)
                 swept += 1

@@ -275,7 +275,9 @@ class ModelPersistence:
 
     def _set_aside(self) -> None:
         """Quarantine what loads have found damaged; what is only read stays as it is. Raises: PersistenceError."""
-        for folder in sorted(self._damaged) if not self.read_only else []:
+        if self.read_only:
+            return
+        for folder in sorted(self._damaged):
             try:
                 if folder.exists():
                     self._folder.quarantine(folder)
