@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -67,6 +68,7 @@ MEANING = {
     "no_fixes": "all seven fixes (off: each turned back, at the program's learning rates)",
     "old": "all seven fixes and the learning rates (off: each turned back, at the seed's rates, 1e-5 and 5e-5)",
 }
+T = TypeVar("T")
 Measure = Callable[[Result], float]
 MEASURES: dict[str, Measure] = {
     "pass@1": lambda result: result.pooled.pass1,
@@ -87,7 +89,7 @@ def make_jobs(args: argparse.Namespace, extra: Sequence[str]) -> list[Job]:
     return [Job(name, seed, (*common, *kept, *VARIANTS[name], *extra)) for seed in args.seeds for name in chosen]
 
 
-def paired(results: Mapping[Job, Result], variant: str, measure: Measure) -> list[float]:
+def paired(results: Mapping[Job, T], variant: str, measure: Callable[[T], float]) -> list[float]:
     """full - variant for every seed that has both: what the part that is off is worth."""
     by_seed = {(job.label, job.seed): measure(result) for job, result in results.items()}
     seeds = sorted({job.seed for job in results})

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL_FLAGS
 
 from benchmarks import fixes, frameworks, learning, scaling, scaling_out, scratch, speed
-from benchmarks.runs import Job, Result, RunFailed, Split, difference, split_scores, table, verdict
+from benchmarks.runs import Job, Result, RunFailed, Split, difference, rows_of, split_scores, table, verdict
 from trainloop_complete_with_fixes import parse_arguments
 
 AT = SMALL_FLAGS.index("--epochs")
@@ -252,6 +252,12 @@ def test_scratch(cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert fix["with it"] == fix["without"] and float(fix["with it"]) > 0 and fix["better with it"] == "0 of 1"
     assert set(families) == {"flip", "crop"} and all(" / " in row["6 s"] for row in families.values())
     assert list(worth) == [scratch.MEANING["ablate_4"], scratch.MEANING["no_policy"]]
+    with_it, without = (
+        [row["solved"] for path in work.glob(f"{label}-*") for row in rows_of(path) if "solved" in row][-1]
+        for label in ("full", "no_policy")
+    )
+    said = worth[scratch.MEANING["no_policy"]]["training queries solved, last quarter"]
+    assert said == f"{100 * (with_it - without):+.2f}"  # of the last of two batches
     assert runs["no_policy"]["delta known"].startswith("+0.0000")
     page = (work / "curves.html").read_text(encoding="utf-8")
     assert "<svg" in page and "unseen" in page and "http://" not in page.replace("http://www.w3.org", "")
