@@ -56,7 +56,7 @@ from arc.qwen_source import quiet_downloads
 from arc.recipes import RECIPES
 from arc.report import keep_predictions, open_events, try_report
 from arc.run.budget import Budget, part_of
-from arc.run.files import UserError, default_cache, replace_file
+from arc.run.files import UserError, default_cache
 from arc.run.flags import (
     Arguments,
     NumbersOf,
@@ -71,7 +71,7 @@ from arc.run.flags import (
     saved_flags,
     whole,
 )
-from arc.run.folder import open_run_folder, usable
+from arc.run.folder import memory_for_the_model, open_run_folder, usable, write_config
 from arc.run.interrupt import Interrupted, StopSignal
 from arc.run.randomness import normal_noise, restore_rng, rng_state, seed_everything
 from arc.run.records import Records, RedFlag, TrainState, summary_lines
@@ -161,17 +161,17 @@ class Flags:
     extra_data: str | None = flag(DATA, None, "trained on, never validated: generated, or files of many pairs", path)
     families: tuple[str, ...] = flag(DATA, KNOWN, "of --data generated: basic, known, all, or names", family_list)
     tasks: int = flag(DATA, 20, "of --data generated: tasks a family; 0: fresh ones without end", whole(0, 10_000))
-    pairs: int = flag(DATA, 4, "of --data generated: demonstrations of a task", whole(2, 30))
-    queries: int = flag(DATA, 4, "of --data generated: pairs asked after one reading of a context", whole(1, 1024))
-    episodes: int = flag(DATA, 8192, "of --data generated: contexts an epoch", whole(1))
+    pairs: int = flag(DATA, 4, "of generated and extra data: demonstrations of a task", whole(2, 30))
+    queries: int = flag(DATA, 4, "of generated and extra data: pairs asked after one reading", whole(1, 1024))
+    episodes: int = flag(DATA, 8192, "of generated and extra data: contexts an epoch", whole(1))
     max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
                        "of --data if it has no others), never on their test outputs")
     augment: str = flag(DATA, "full", "of each view", ("full", "dihedral", "colour", "none"))
     views: int = flag(DATA, 4, "augmented views of an episode in a batch", whole(1, 64))
     batch_size: int = flag(DATA, 32, "queries in a batch at most", whole(1))
-    max_cells: int = flag(DATA, 6144, "padded grid cells in a batch at most (but at least one episode)", whole(1),
-                          MODEL)
+    max_cells: int = flag(DATA, 6144, "padded grid cells in a batch at most (but one episode; not of drawn data)",
+                          whole(1), MODEL)
     cache_dir: str = flag(DATA, default_cache(), "for the evidence and the built-in tiny Qwen", path, COMMAND)
 
     agent_lr: float = flag(AGENT, 3e-4, "learning rate of the agent", real(0, 100, above=True))
@@ -200,9 +200,9 @@ class Flags:
     resume: str | None = flag(SAVING, None, "continue a run: the newest under runs/, or --output_dir's",
                               path, COMMAND, nargs="?", const="latest", metavar="latest|best|PATH")
     save_every: int = flag(SAVING, 50, "batches between checkpoints", whole(1), FREE)
-    keep: int = flag(SAVING, 5, "checkpoints kept, best ones aside", whole(1), FREE)
+    keep: int = flag(SAVING, 5, "checkpoints kept, best ones aside", whole(1, 1_000_000), FREE)
     backup_dir: str | None = flag(SAVING, None, "mirror checkpoints there (a mounted Drive)", path, COMMAND)
-    backup_quota_gb: float = flag(SAVING, 15.0, "at most this much there", real(0, above=True), COMMAND)
+    backup_quota_gb: float = flag(SAVING, 15.0, "at most this much there", real(0, 1e9, above=True), COMMAND)
 
     ablate: tuple[int, ...] = flag(FIXES, (), "fixes turned back to the old behaviour: 1,3,...",
                                    NumbersOf(ABLATION, "fixes 1 to 7"))
@@ -210,7 +210,7 @@ class Flags:
     no_evidence: bool = flag(FIXES, False, "control: no table, record or size rule; canvases of the input's size")
 
     qwen: str = flag(FIX_1, "auto", "auto: Qwen/Qwen2.5-0.5B on cuda, else tiny; tiny; a hub name; a folder",
-                     resume=MODEL)
+                     path, MODEL)
     qwen_tune: Tune = flag(FIX_1, "full", "what of Qwen trains; lora: small matrices beside the frozen ones (pip "
                           "install peft)", ("full", "lora", "frozen"))
     lora_rank: int = flag(FIX_1, 16, "rank of those matrices", whole(1, 1024))
@@ -278,8 +278,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Flags, set[str]]:
 def expand(args: Flags, typed: set[str], given: set[str]) -> None:
     """Flags that stand for others, or decide their defaults, where those are not given explicitly. One on the command
     line (`typed`) is stronger than what a --config says of the others."""
-    for settings in (RECIPES.get(args.recipe or "", {}), recipes.DRAWN if args.data == GENERATED else {}):
-        vars(args).update({name: value for name, value in settings.items() if name not in given})
+    recipe, drawn = RECIPES.get(args.recipe or "", {}), recipes.DRAWN if args.data == GENERATED else {}
+    for settings, explicit in ((recipe, typed if "recipe" in typed else given), (drawn, given)):
+        vars(args).update({name: value for name, value in settings.items() if name not in explicit})
     if args.old:
         explicit = typed if "old" in typed else given
         vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in explicit})
@@ -309,8 +310,7 @@ def print_config(args: Flags, given: set[str]) -> int:
         with ModelPersistence(folder, read_only=True, log=functools.partial(print, file=sys.stderr)) as persistence:
             take_flags(args, given, load_checkpoint(persistence, which))
         args.output_dir = str(folder)
-    write_line(json.dumps(saved_flags(args), indent=2, allow_nan=False))
-    return 0
+    return 0 if write_line(json.dumps(saved_flags(args), indent=2, allow_nan=False)) else 1
 
 
 # == The seven fixes, each beside the OLD twin that --ablate puts in its place (1: Qwen is built frozen) =============
@@ -685,7 +685,7 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
             Pass(query, after, fixes.hard_cells(after, query, voted[batch.refined])),
         )
         # The way back is trained on each episode's first view only: it costs a pass of its own.
-        back = agent(batch.way_back, refined, reverse=True)
+        back = agent(batch.way_back, refined, reverse=True) if run.weights.reversibility else None
         terms = free_energy.terms(passes, batch.way_back, back, team.portion)
         tasks, prompts = team.gather(batch.task), (team.gather(prompt), team.gather(refined.float()))
         terms["prompt"] = team.once(fixes.consistency(torch.cat(prompts), tasks.repeat(2)))  # FIX 6
@@ -973,7 +973,8 @@ def save_checkpoint(run: Run, *, wait: bool = False) -> None:
 def load_checkpoint(persistence: ModelPersistence, which: str) -> Checkpoint:
     """latest, best or a path, verified. UserError for one that this version of the program did not write."""
     checkpoint = persistence.load(which, aside=False)
-    found = checkpoint.state.get("extra", {}).get("format", 1)
+    extra = checkpoint.state.get("extra")
+    found = extra.get("format", 1) if isinstance(extra, dict) else 1
     if found != CHECKPOINT_FORMAT:
         raise UserError(
             f"--resume: {checkpoint.path.name} was written by another version of this program (checkpoint format "
@@ -988,7 +989,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     of = ("data", "training") if run.args.eval_only else ("data", "training", "extra")
     same = all(extra["data"].get(key) == run.trained_on[key] for key in of)
     if not same and run.training:  # with nothing to train, the checkpoint's model may predict anything
-        raise UserError("--resume: the checkpoint was made with other data; give the same --data (and --extra_data)")
+        raise UserError("--resume: made with other data; give the same --data, --unseen and --extra_data")
     if (saved := saved_base(extra)) and run.qwen.base and (problem := run.qwen.base.differs_from(saved)):
         raise UserError(f"--resume: {problem}")
     for name, part in saved_parts(run).items():
@@ -1062,9 +1063,9 @@ def run_main(argv: Sequence[str] | None) -> int:
         with run.persistence or contextlib.nullcontext(), contextlib.closing(log):
             code = run_command(run, checkpoint)
         orderly = True
-    except PersistenceError as problem:  # the last background write failed
+    except PROBLEMS as problem:  # the folder's files are in the way; the last background write failed
         log(f"error: {problem}", error=True)
-        return 1
+        return 2 if isinstance(problem, UserError) else 1
     finally:
         end_workers(children)
         team.leave(orderly=orderly)
@@ -1090,6 +1091,7 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Tea
             with usable(checkpoint.path.name):
                 check_record(checkpoint.state)
                 take_flags(args, given, checkpoint)
+            persistence.keep = args.keep
             return persistence, checkpoint
 
         # The first may pass over a damaged one, or fetch one from the backup: the others take what it has found.
@@ -1101,7 +1103,7 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Tea
             if checkpoint is not None and (problems := problems_of_all(args)):
                 raise UserError("; ".join(problems))
             args.output_dir = str(folder)
-            with quiet_downloads() if args.quiet else contextlib.nullcontext():
+            with quiet_downloads() if args.quiet else contextlib.nullcontext(), memory_for_the_model():
                 run = build_run(args, log, started, checkpoint, team)
             if checkpoint is not None:
                 with usable(checkpoint.path.name):
@@ -1128,8 +1130,8 @@ def open_persistence(args: Flags, folder: Path, log: RunLog, *, read_only: bool 
         return ModelPersistence(
             folder, keep=args.keep, backup_dir=args.backup_dir, backup_quota_gb=args.backup_quota_gb, log=log
         )
-    except OSError as problem:
-        raise UserError(f"--output_dir: cannot write {folder}: {problem.strerror}") from problem
+    except (OSError, ValueError) as problem:  # or a backup where the run itself is
+        raise UserError(f"--output_dir: {folder}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
 def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
@@ -1170,11 +1172,8 @@ def run_command(run: Run, checkpoint: Checkpoint | None) -> int:
 
 def train_and_submit(run: Run) -> int:
     """Train to the end; with --submission predict every task of the data. Returns the exit code."""
-    # config.json, for people and for --config; a resume reads the checkpoint's own copy.
-    flags = saved_flags(run.args) | {"resume": None, "submission": None}  # of this command, not of its settings
-    content = json.dumps(flags, indent=2, allow_nan=False) + "\n"
     if run.team.is_first:
-        replace_file(Path(run.args.output_dir or ".") / "config.json", content)
+        write_config(Path(run.args.output_dir or "."), saved_flags(run.args))
     train(run)
     if run.persistence is not None:
         run.persistence.wait()  # what it saved last is on disk before the run is called done

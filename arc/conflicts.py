@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,10 @@ class Settings(Protocol):
     """The flags that are looked at."""
 
     data: str
+    extra_data: str | None
+    config: str | None
     tasks: int
+    queries: int
     unseen: str
     augment: str
     views: int
@@ -85,6 +89,10 @@ def conflicts(args: Settings) -> list[str]:
             "--submission needs every task; leave out --val_limit",
         ),
         (args.views > args.batch_size, f"--views {args.views} do not fit in --batch_size {args.batch_size}"),
+        (
+            starting and args.data == GENERATED and args.queries > args.batch_size,
+            f"--queries {args.queries} do not fit in --batch_size {args.batch_size}",
+        ),
         (args.eval_only and starting, "--eval_only needs --resume (latest, best or a checkpoint's path)"),
     ]
     problems = [problem for wrong, problem in found if wrong]
@@ -92,12 +100,34 @@ def conflicts(args: Settings) -> list[str]:
         problems += problems_of_all(args)
     except UserError as error:
         problems.append(str(error))
+    problems += in_the_way(args)
     if args.submission is not None and (problem := cannot_write_file(Path(args.submission))):
         problems.append(f"--submission: {problem}")
     for name in ("output_dir", "cache_dir", "backup_dir"):
         folder = getattr(args, name)
         if folder is not None and (problem := cannot_write(Path(folder))):
             problems.append(f"--{name}: {problem}")
+    return problems
+
+
+def in_the_way(args: Settings) -> list[str]:
+    """What would be written where something else is read or written."""
+    read = {name: getattr(args, name) for name in ("data", "unseen", "extra_data", "config")}
+    places = {name: Path(value).resolve() for name, value in read.items() if value and os.path.exists(value)}
+    run = Path(args.output_dir or "runs").resolve()
+    inside = [name for name, place in places.items() if place.is_dir() and (run == place or place in run.parents)]
+    problems = [f"--output_dir: {run} lies in --{name}, where a run's files would be read as tasks" for name in inside]
+    if args.backup_dir is not None:
+        backup = Path(args.backup_dir).resolve()
+        if args.output_dir is not None and backup == run.parent:
+            problems.append(f"--backup_dir: {args.backup_dir} is the folder that holds the run itself")
+        if not os.path.isdir(backup.parent):
+            problems.append(f"--backup_dir: {backup.parent} is not there (a drive that is not mounted?)")
+    if args.submission is not None:
+        file = Path(args.submission).resolve()
+        problems += [f"--submission would replace --{name}" for name, place in places.items() if file == place]
+        if args.output_dir is not None and (file == run or file in run.parents):
+            problems.append(f"--submission: {args.submission} is the folder of the run, or holds it; name a file")
     return problems
 
 

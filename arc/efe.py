@@ -113,11 +113,11 @@ class Pass:
 Portion = Callable[[Tensor], Tensor | float]
 
 
-def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput, portion: Portion) -> dict[str, Tensor]:
+def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput | None, portion: Portion) -> dict[str, Tensor]:
     """All terms but that of the prompts, averaged over the passes (before, after): the agent is trained on both,
     otherwise "before" would be an untrained straw man and the reward would prove nothing. back: the agent's output for
-    the queries `asked` the way back. portion: what means over the grids, cells or queries here contribute to those over
-    the whole batch (`arc.parallel.Team`)."""
+    the queries `asked` the way back; None where it weighs nothing. portion: what means over the grids, cells or queries
+    here contribute to those over the whole batch (`arc.parallel.Team`)."""
     found: dict[str, list[Tensor]] = {"risk": [], "ambiguity": [], "size": []}
     for p in passes:
         logits, target, queries = p.output.colour_logits, p.query.target, p.weights.grid.new_tensor(len(p.query))
@@ -126,6 +126,8 @@ def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput, portion:
         found["ambiguity"].append(ambiguity(logits[-1], target) * of_cells)
         found["size"].append(size_loss(p.output.size_logits, p.query.target_size) * portion(queries))
     means = {name: torch.stack(values).mean() for name, values in found.items()}
+    if back is None:
+        return {**means, "reversibility": torch.zeros_like(means["risk"])}
     wanted = (asked.target >= 0).float()
     reverse = risk(back.colour_logits, asked.target, wanted) * portion(wanted.new_tensor(len(asked)))
     return {**means, "reversibility": reverse}

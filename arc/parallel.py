@@ -316,8 +316,9 @@ def join(device: torch.device) -> Team:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Inside, only the first process of each machine is heard: what they have to say is the same."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Inside, only the first process of each machine is heard: what they have to say is the same. One that has no
+    others is heard, whatever a job of before has left in the environment."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     with (

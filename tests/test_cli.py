@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, SCRIPT, command, everything_below
 
+from arc.run.files import default_cache
 from trainloop_complete_with_fixes import build_parser, main, parse_arguments
 
 Refused = Callable[..., str]
@@ -96,6 +97,10 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--data=--"], ["'--'"]),
         # a path that would split a log line
         (["--output_dir", "a\nb"], ["--output_dir", "control character"]),
+        (["--qwen", "./a\nb"], ["--qwen", "control character"]),
+        # what a shell makes of a variable that is not set
+        (["--cache_dir", ""], ["--cache_dir", "''"]),
+        (["--output_dir", ""], ["--output_dir", "''"]),
         # values forgotten
         (["--epochs"], ["--epochs"]),
         (["--output_dir", "--quiet"], ["--output_dir"]),
@@ -108,9 +113,20 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--data", "generated", "--dev"], ["--data generated", "--dev"]),
         (["--data", "generated", "--augment", "full"], ["--augment full"]),
         (["--val_splits", "seed,families"], ["--val_splits families", "--data generated"]),
+        (
+            ["--data", "generated", "--queries", "9", "--batch_size", "8", "--views", "1"],
+            ["--queries 9", "--batch_size 8"],
+        ),
+        # what would be written where something else is read or written
+        (["--submission", "task.json"], ["--submission", "--data"]),
+        (["--output_dir", "one", "--submission", "one"], ["--submission", "the folder of the run"]),
+        (["--data", "tasks", "--output_dir", "tasks/run"], ["--output_dir", "--data"]),
+        (["--output_dir", "one/run", "--backup_dir", "one"], ["--backup_dir", "the run itself"]),
+        (["--backup_dir", "no/such"], ["--backup_dir", "not mounted"]),
     ],
 )
-def test_bad_flags(flags: list[str], names: list[str], refused: Refused) -> None:
+def test_bad_flags(flags: list[str], names: list[str], refused: Refused, workplace: Path) -> None:
+    (workplace / "tasks").mkdir()
     line = refused(*flags)
     for name in names:
         assert name in line
@@ -235,6 +251,52 @@ def test_folders_that_cannot_be_written(flag: str, folder: str, refused: Refused
 @pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir", "--backup_dir", "--resume"])
 def test_names_that_are_too_long(flag: str, refused: Refused) -> None:
     assert f"{flag}: 'aaaa" in refused(flag, "a" * 300)
+
+
+def test_names_that_no_file_can_have(refused: Refused, workplace: Path) -> None:
+    (workplace / "flags.json").write_text(json.dumps({"output_dir": "half a pair \ud800"}))
+    assert "'output_dir'" in refused("--config", "flags.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "report.html", "predictions-seed.json", "metrics.jsonl", "tensorboard"]
+)
+def test_a_run_does_not_begin_where_it_would_replace_what_is_not_its_own(
+    name: str, refused: Refused, workplace: Path
+) -> None:
+    """A folder of a model has a config.json, too."""
+    (workplace / "mine").mkdir()
+    (workplace / "mine" / name).write_text("mine")
+    assert name in refused("--output_dir", "mine")
+
+
+def test_a_run_does_not_begin_where_a_best_model_is_left(refused: Refused, workplace: Path) -> None:
+    (workplace / "run" / "best-val_accuracy").mkdir(parents=True)
+    (workplace / "run" / "train.log").touch()
+    assert "holds a run already" in refused("--output_dir", "run")
+
+
+def test_without_a_home_the_cache_is_in_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user whom the system does not know
+    assert default_cache() == str(Path(".cache") / "arc-trainloop")
+
+
+def test_a_rank_that_a_job_has_left_behind_silences_nothing(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "--epochs" in refused("--epochs", "-1")
+
+
+def test_a_model_that_no_memory_holds(refused: Refused) -> None:
+    assert "no memory" in refused("--memory_size", str(2**20), "--prompt_len", "64", "--prompt_dim", "4096")
+
+
+def test_a_configuration_that_cannot_be_printed(workplace: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full here")
+    with open("/dev/full", "w") as full:
+        printing = [sys.executable, str(SCRIPT), "--data", "task.json", "--print_config"]
+        assert subprocess.run(printing, cwd=workplace, stdout=full, check=False).returncode == 1
 
 
 def test_numbers_from_a_cell_are_flags_as_well() -> None:

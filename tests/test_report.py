@@ -142,6 +142,7 @@ def test_a_red_flag_under_strict_is_in_the_report(small_run: SmallRun, tmp_path:
 def test_a_run_is_not_lost_for_its_report(small_run: SmallRun, tmp_path: Path) -> None:
     for name in ("report.html", "gallery-seed.json"):  # folders, where files are to be written
         (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "train.log").touch()  # of a run that was lost before it saved anything
     outcome = small_run(tmp_path / "run", "--max_batches", "1")
     assert outcome.code == 0 and list(outcome.folder.glob("step-*"))
     assert len(re.findall(r"^gallery-seed\.json not written: Is a directory$", outcome.stdout, re.M)) == 1

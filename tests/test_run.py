@@ -314,6 +314,31 @@ def test_save_every_and_keep(small_run: SmallRun, tmp_path: Path) -> None:
     assert best.metrics["accuracy_delta"] == max(row["accuracy_delta"] for row in outcome.epochs)
 
 
+def test_what_is_kept_is_the_checkpoints_affair(small_run: SmallRun, tmp_path: Path) -> None:
+    """A resume without --keep deletes nothing that the run was to keep."""
+    flags = ("--max_batches", "4", "--save_every", "1", "--val_limit", "1", "--val_every", "0")
+    folder = small_run(tmp_path / "run", *flags, "--epochs", "1", "--keep", "7").folder
+    assert len([*folder.glob("step-*")]) == 4
+    assert small_run(folder, *flags, "--epochs", "2", "--resume", "latest").code == 0
+    assert len([*folder.glob("step-*")]) == 7
+
+
+def test_without_the_way_back(small_run: SmallRun, tmp_path: Path) -> None:
+    """Its term weighs nothing, so it is not computed: trained is the same, but what only the way back needs."""
+    outcome = small_run(tmp_path / "run", "--max_batches", "2", "--w_reversibility", "0", "--val_limit", "1")
+    assert outcome.code == 0 and all(row["efe.reversibility"] == 0 for row in outcome.batches)
+    assert all(row["efe.total"] > 0 for row in outcome.batches)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_record_that_is_no_file(name: str, small_run: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "train.log").touch()
+    outcome = small_run(tmp_path / "run", "--max_batches", "1")
+    assert outcome.code == 2 and outcome.stderr.startswith("error: --output_dir: ") and name in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
 def test_validation_only_at_the_end(small_run: SmallRun, tmp_path: Path) -> None:
     outcome = small_run(tmp_path / "run", "--epochs", "3", "--max_batches", "1", "--val_every", "0", "--val_limit", "2")
     assert [("val.pass1" in row) for row in outcome.epochs] == [False, False, True]
@@ -382,6 +407,10 @@ def test_eval_only(finished: Outcome, small_run: SmallRun, data_dir: Path, tmp_p
             assert figures(outcome.stdout) == figures(finished.stdout[finished.stdout.index("EPOCH 1 SUMMARY") :])
             name = "predictions-seed.json"
             assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
+    other = shutil.copytree(finished.folder, tmp_path / "other")
+    before = everything_below(other)
+    outcome = small_run(other, *flags, "--resume", str(older))  # of another run: this one's records are its own
+    assert outcome.code == 2 and "holds a run already" in outcome.stderr and everything_below(other) == before
     checkpoints = [path for path in finished.folder.iterdir() if path.is_dir()]
     copies = [folder / path.name for path in checkpoints]
     assert list(everything_below(*copies).values()) == list(everything_below(*checkpoints).values())
@@ -430,5 +459,6 @@ def test_the_epoch_of_the_weights(epoch: int, batch: int, trained: bool, last: i
 
 def test_predictions_that_cannot_be_written_do_not_end_the_run(small_run: SmallRun, tmp_path: Path) -> None:
     (tmp_path / "run" / "predictions-seed.json").mkdir(parents=True)
+    (tmp_path / "run" / "train.log").touch()  # of a run that was lost before it saved anything
     outcome = small_run(tmp_path / "run", "--max_batches", "1", "--val_limit", "1")
     assert outcome.code == 0 and "Predictions of the seed split are not written: " in outcome.stdout

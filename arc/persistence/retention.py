@@ -29,7 +29,7 @@ class Retention:
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self._folder = folder
         self._run = folder.path
-        self._keep = keep
+        self.keep = keep
 
     def after_save(self, saved: Path) -> None:
         """Makes a new checkpoint the best where it is, and lets the oldest go. Raises: OSError, PersistenceError."""
@@ -75,9 +75,9 @@ class Retention:
         """Leaves the `keep` newest step checkpoints, and the blobs that something still needs."""
         entries, broken = scan(self._run, self._folder.cache)
         whole = [entry for entry in entries if is_whole(entry)]  # a sound one is not pushed out by one without files
-        for entry in whole[self._keep :]:
+        for entry in whole[self.keep :]:
             self._folder.discard(entry.path)
-        if len(whole) > self._keep:
+        if len(whole) > self.keep:
             fsync_dir(self._run)
         if not broken:  # what those need can't be known
             self._prune_blobs(entries)

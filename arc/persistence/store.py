@@ -58,7 +58,6 @@ class ModelPersistence:
         if keep < 1:
             raise ValueError(f"keep: {keep} checkpoints can't be kept, give 1 or more")
         self.output_dir = Path(output_dir)
-        self.keep = keep
         self.background = background
         self.read_only = read_only
         self.backup_dir = Path(backup_dir) if backup_dir is not None else None
@@ -98,6 +97,15 @@ class ModelPersistence:
             raise PersistenceError(f"{self.output_dir} can't be used: {error.strerror or error}") from error
 
     # -- saving -------------------------------------------------------------------------------------------------------
+
+    @property
+    def keep(self) -> int:
+        """How many step checkpoints rotation leaves; may be set: what a resumed run keeps stands in its checkpoint."""
+        return self._retention.keep
+
+    @keep.setter
+    def keep(self, number: int) -> None:
+        self._retention.keep = number
 
     def save(
         self,

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.evaluate import vote
 from arc.run.files import replace_file
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def panels(pair: PairPrediction) -> list[Grid]:
     Where time ran out before any view was predicted the pair's answer is the vote of the rules, and that is shown.
     """
     test = pair.task.test[pair.test_index]
-    grids = [test.input, *(vote(views)[0] if views else pair.training_free for views in (pair.before, pair.after))]
+    grids = [test.input, *((pair.agent(refined=late) or [pair.training_free])[0] for late in (False, True))]
     return grids if test.output is None else [*grids, test.output]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from arc.evaluate import exact, vote
+from arc.evaluate import exact
 from arc.report.templates import part
 from arc.run.files import read_json, replace_file
 from arc.tasks import Grid, parse_grid
@@ -117,7 +117,7 @@ def make_gallery(split: str, predictions: Sequence[PairPrediction], *, step: int
     shown: dict[str, list[ShownPair]] = {}
     for found in predictions:
         pair = found.task.test[found.test_index]
-        before, after = ((vote(views) or [found.training_free])[0] for views in (found.before, found.after))
+        before, after = ((found.agent(refined=late) or [found.training_free])[0] for late in (False, True))
         picture = ShownPair(found.test_index, pair.input, before, after, found.attempts(), pair.output)
         shown.setdefault(found.task.id, []).append(picture)
     tasks = {found.task.id: found.task for found in predictions}

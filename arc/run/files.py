@@ -62,10 +62,10 @@ def cannot_write_file(path: Path) -> str | None:
 
 
 def default_cache() -> str:
-    """The user's cache folder."""
-    return os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "arc-trainloop"
-    )
+    """The user's cache folder; for a user without a home one in the current folder."""
+    home = os.path.expanduser("~")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("" if home == "~" else home, ".cache")
+    return os.path.join(caches, "arc-trainloop")
 
 
 def replace_file(

@@ -105,7 +105,13 @@ class NumbersOf:
 
 def path(text: str) -> str:
     """An argparse type: a path, or a name that stands for one; a leading ~ is the home folder. No line breaks or other
-    control characters: messages and log lines name it."""
+    control characters: messages and log lines name it. Not empty, as a shell makes it of a variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name that a file can have") from None
     if any(unicodedata.category(character) == "Cc" for character in text):
         raise argparse.ArgumentTypeError(f"{text!r} has a control character in it")
     return os.path.expanduser(text)
@@ -264,10 +270,11 @@ def read_config(parser: Arguments, file: Path, *, resuming: bool) -> dict[str, A
 
 
 def is_a_runs_record(file: Path) -> bool:
-    """Whether the file lies in a run's folder, or in its backup: beside logs or checkpoints."""
+    """Whether the file is the one in a run's folder, or in its backup: beside logs or checkpoints."""
     beside = file.resolve().parent
     named = any((beside / name).is_file() for name in ("metrics.jsonl", "train.log"))
-    return named or any(any(beside.glob(f"{kind}-*/manifest.json")) for kind in ("step", "best"))
+    saved = any(any(beside.glob(f"{kind}-*/manifest.json")) for kind in ("step", "best"))
+    return file.name == "config.json" and (named or saved)
 
 
 def flag_value(parser: Arguments, action: argparse.Action, value: object) -> Any:

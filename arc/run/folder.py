@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from arc.run.files import UserError, cannot_look, one_line
+from arc.run.files import UserError, cannot_look, one_line, replace_file
 
 
 class Place(Protocol):
@@ -20,12 +22,38 @@ class Place(Protocol):
     eval_only: bool
 
 
+RECORDS = ("config.json", "metrics.jsonl", "report.html", "tensorboard", "predictions-*.json", "gallery-*.json")
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there are checkpoints in it."""
+    return folder.is_dir() and any([*folder.glob("step-*"), *folder.glob("best-*")])
+
+
 def refuse_a_used(folder: Path) -> None:
-    """UserError if there are checkpoints in the folder in which a new run is to begin."""
-    if folder.is_dir() and any(folder.glob("step-*")):
+    """UserError if a run, or an evaluation of another one, may not begin in the folder: there are checkpoints in it, or
+    files that it would replace and that no run wrote, for a run begins with its `train.log`."""
+    if holds_a_run(folder):
         raise UserError(
             f"--output_dir: {folder} holds a run already; continue it with --resume or choose another folder"
         )
+    if folder.is_dir() and not os.path.lexists(folder / "train.log"):
+        foreign = sorted(path.name for name in RECORDS for path in folder.glob(name))
+        if foreign:
+            raise UserError(
+                f"--output_dir: {folder} has {', '.join(foreign[:3])}, which a run would replace; choose another folder"
+            )
+
+
+def write_config(folder: Path, flags: Mapping[str, Any]) -> None:
+    """`config.json`, for people and for --config; a resume reads the checkpoint's own copy. UserError if that cannot
+    be: nothing has been trained yet."""
+    # Those two are of this command, not of its settings.
+    content = json.dumps({**flags, "resume": None, "submission": None}, indent=2, allow_nan=False) + "\n"
+    try:
+        replace_file(folder / "config.json", content)
+    except OSError as problem:
+        raise UserError(f"--output_dir: cannot write {folder / 'config.json'}: {problem.strerror}") from problem
 
 
 @contextlib.contextmanager
@@ -36,9 +64,21 @@ def usable(checkpoint: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as problem:
         what = one_line(f"{type(problem).__name__}: {problem}")[:300]
         raise UserError(f"--resume: {checkpoint} does not hold what a run of this version writes ({what})") from problem
+
+
+@contextlib.contextmanager
+def memory_for_the_model() -> Iterator[None]:
+    """While a run is built: UserError where there is no room for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as problem:
+        full = isinstance(problem, MemoryError) or any(f"{w} memory" in str(problem) for w in ("allocate", "out of"))
+        if not full:
+            raise
+        raise UserError("no memory for such a model: a smaller --qwen, --agent_width or --memory_size") from problem
 
 
 def open_run_folder(
@@ -82,16 +122,18 @@ def find_run_folder(
         raise UserError(f"--resume: {problem}")
     elif (Path(which) / "manifest.json").is_file():
         found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
-        if args.eval_only:  # the checkpoint is only read, wherever it lies; logs and predictions go to --output_dir
-            return found, which
-        if Path(which).absolute().parent.resolve() != found.resolve() and not any(found.glob("step-*")):
+        foreign = Path(which).absolute().parent.resolve() != found.resolve()
+        if foreign and (args.eval_only or not holds_a_run(found)):
+            refuse_a_used(found)
+        # Under --eval_only it is only read, wherever it lies; logs and predictions go to --output_dir.
+        if args.eval_only or (foreign and not holds_a_run(found)):
             return found, which
     else:  # a run's folder is as good as its name under --output_dir
         found, which = Path(which), "latest"
         if args.output_dir and Path(args.output_dir).resolve() != found.resolve():
             refuse_a_used(Path(args.output_dir))
             return Path(args.output_dir), str(newest_checkpoint(found))
-    if not args.backup_dir and not any([*found.glob("step-*"), *found.glob("best-*")]):
+    if not args.backup_dir and not holds_a_run(found):
         if which not in ("latest", "best"):
             raise UserError(f"--resume: {which} is not a checkpoint of the run in --output_dir {found}")
         raise UserError(f"--resume: no checkpoint in {found}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from arc.run.files import replace_file
+from arc.run.files import UserError, replace_file
 from arc.run.terminal import progress_bar, write_line
 
 
@@ -144,7 +144,7 @@ class RunLog:
         """
         assert self.folder is not None
         path, former = self.folder / "metrics.jsonl", self.folder / "metrics-before-resume.jsonl"
-        content, saved = (file.read_bytes() if file.exists() else b"" for file in (path, former))
+        content, saved = map(_content, (path, former))
         lines, before = _whole_lines(content), _whole_lines(saved)
         if rows is not None and len(lines) < rows <= len(before) and before[: len(lines)] == lines:
             kept = before[:rows]
@@ -155,6 +155,16 @@ class RunLog:
         if b"".join(kept) != content:
             replace_file(path, b"".join(kept))
         return kept
+
+
+def _content(path: Path) -> bytes:
+    """Of a run's record; nothing where there is none. UserError for what cannot be read, or would never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--output_dir: {path} is not a regular file")
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"--output_dir: cannot read {path}: {error.strerror}") from error
 
 
 def append(path: Path, lines: bytes) -> None:
