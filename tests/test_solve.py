@@ -269,7 +269,7 @@ def test_an_existing_file_is_replaced_at_once(evaluate: Evaluate, data_dir: Path
         ("a_file/submission.json", "a_file is a file"),
         ("pipe", "no regular file"),
         ("x" * 300, os.strerror(errno.ENAMETOOLONG)),
-        ("", "is a folder"),
+        ("", "names nothing"),
     ],
 )
 def test_a_submission_that_cannot_be_written_is_refused_before_any_work(
