@@ -167,6 +167,30 @@ def test_a_backup_whose_manifests_are_unreadable_is_not_taken_for_ours(run: Path
     assert steps(drive / "a") == [9] and steps(drive / "a.2") == [1]
 
 
+@pytest.mark.parametrize("name", ["config.json", "train.log", "metrics.jsonl", "ledger.json.part", "notes.txt", ""])
+def test_a_folder_with_anything_in_it_is_not_taken(run: Path, drive: Path, name: str) -> None:
+    """Nor a file ("") of the run's name."""
+    theirs = drive / "a" / name if name else drive / "a"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("someone's work")
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        for side_file in ("config.json", "train.log", "metrics.jsonl"):
+            (run / side_file).write_text("{}\n")
+        save(persistence, 1)
+    assert theirs.read_text() == "someone's work" and list(drive.glob("a/*")) == ([theirs] if name else [])
+    assert steps(drive / "a.2") == [1] and (drive / "a.2" / "config.json").read_text() == "{}\n"
+
+
+def test_an_empty_folder_is_taken_and_a_mount_that_fails_over_it_leads_to_no_other(run: Path, drive: Path) -> None:
+    (drive / "a").mkdir()
+    with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:
+        with hooked(flaky_mount("full", str(drive))):
+            save(persistence, 1)
+            time.sleep(0.1)
+        until(lambda: steps(drive / "a") == [1])
+    assert os.listdir(drive) == ["a"]
+
+
 def test_of_two_saves_of_a_step_the_newer_is_mirrored(run: Path, drive: Path) -> None:
     """Where the best one is an earlier save of the newest's step."""
     with ModelPersistence(run, log=quiet, backup_dir=drive) as persistence:

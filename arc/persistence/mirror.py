@@ -61,6 +61,7 @@ class Mirror:
     def __init__(self, run: Path, backup_dir: Path, quota: int, log: Callable[[str], None]) -> None:
         self._run, self._backup_dir, self._quota, self._log = run, backup_dir, quota, log
         self._root: Path | None = None
+        self._begun: set[Path] = set()  # found free and taken, though the mount may have failed before the ledger was
         self._told: set[str] = set()
         self._state = threading.Condition()
         self._wanted = False  # a pass is due
@@ -161,16 +162,16 @@ class Mirror:
         return list(out.values())
 
     def _choose_root(self, run_id: str) -> Path:
-        """backup_dir/<run name>, or with ".2", ".3" … where that name already holds another run's checkpoints."""
+        """backup_dir/<run name>, or with ".2", ".3" … where that name already holds anything but this run's backup."""
         if self._root is not None and self._root.is_dir():
             return self._root
         if not self._backup_dir.is_dir():
             os.mkdir(self._backup_dir)  # not its parents: a mount that is gone must not be replaced by a local folder
         for root in backup_roots(self._backup_dir, self._run.name):
-            steps = root.is_dir() and any(STEP_NAME.fullmatch(name) for name in os.listdir(root))
             owner = _run_of_backup(root)
-            if owner == run_id or (owner is None and not steps):
+            if owner == run_id or (owner is None and (root in self._begun or _is_free(root))):
                 root.mkdir(exist_ok=True)
+                self._begun.add(root)
                 self._write_ledger(root, run_id)
                 self._root = root
                 return root
@@ -314,6 +315,13 @@ def backup_roots(backup_dir: Path, name: str) -> Iterator[Path]:
     yield backup_dir / name
     for n in range(2, 100):
         yield backup_dir / f"{name}.{n}"
+
+
+def _is_free(root: Path) -> bool:
+    """Whether nothing is there, or an empty folder: in one of nobody's, every file may be somebody's."""
+    if not os.path.lexists(root):
+        return True
+    return root.is_dir() and not os.listdir(root)
 
 
 def _run_of_backup(root: Path) -> str | None:
