@@ -38,6 +38,7 @@ the digests.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ from arc.persistence.names import (
     PersistenceError,
 )  # fmt: skip
 from arc.persistence.runs import CheckpointInfo, find_newest_run, human, setup_drive_backup
+from arc.persistence.say import say
 from arc.persistence.store import ModelPersistence, newest_checkpoint
 
 __all__ = [
@@ -72,29 +74,48 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _cannot_list(run: Path) -> str | None:
+    """Why the folder given as RUN cannot be looked into, or None."""
+    try:
+        os.listdir(run)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{run} is not a folder"
+    except (OSError, ValueError) as error:  # too long a name, no permission
+        return f"{str(run)[:60]!r} can't be listed: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
 def _print_inspection(infos: Sequence[CheckpointInfo]) -> None:
-    print(f"{'checkpoint':<24} {'step':>9} {'size':>10}  {'saved (UTC)':<19}  {'verified':<10} metrics")
+    say(f"{'checkpoint':<24} {'step':>9} {'size':>10}  {'saved (UTC)':<19}  {'verified':<10} metrics")
     for info in infos:
         step = "-" if info.step is None else str(info.step)
-        when = "-" if info.created is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(info.created))
+        when = "-" if info.created is None else _moment(info.created)
         metrics = " ".join(f"{name}={value:.6g}" for name, value in info.metrics.items())
         verified = "ok" if info.problem is None else "FAILED"
-        print(f"{info.path.name:<24} {step:>9} {human(info.bytes):>10}  {when:<19}  {verified:<10} {metrics}".rstrip())
+        say(f"{info.path.name:<24} {step:>9} {human(info.bytes):>10}  {when:<19}  {verified:<10} {metrics}".rstrip())
         if info.problem is not None:
-            print(f"{'':<24} {info.problem}")
+            say(f"{'':<24} {info.problem}")
+
+
+def _moment(created: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(created))
+    except (OSError, OverflowError, ValueError):  # whoever wrote the manifest may have written any time
+        return "?"
 
 
 def _verify(infos: Sequence[CheckpointInfo]) -> int:
     live = [info for info in infos if info.kind in ("step", "best")]
     for info in live:
-        print(f"{info.path.name}: {'ok' if info.problem is None else f'FAILED: {info.problem}'}")
+        say(f"{info.path.name}: {'ok' if info.problem is None else f'FAILED: {info.problem}'}")
     if not live:
-        print("no checkpoints")
+        say("no checkpoints")
     return 0 if live and all(info.problem is None for info in live) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python model_persistence.py`; returns 0, 1 (something is not valid) or 2 (wrong arguments)."""
+    """Entry point of `python model_persistence.py`; returns 0, 1 (something is not valid), 2 (wrong arguments) or 130
+    (interrupted)."""
     parser = argparse.ArgumentParser(description="Look at, verify and export checkpoints; changes no run.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -108,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("dest", metavar="DEST", type=Path, help="folder to create")
             command.add_argument("--base", metavar="DIR", type=Path, help="of a LoRA run: where its base model is now")
     args = parser.parse_args(argv)
-    if not args.run.is_dir():
-        print(f"{args.run} is not a folder", file=sys.stderr)
+    if problem := _cannot_list(args.run):
+        print(problem, file=sys.stderr)
         return 2
     try:
         if args.command == "export":
@@ -129,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PersistenceError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

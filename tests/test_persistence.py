@@ -6,6 +6,7 @@ import calendar
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -901,6 +902,64 @@ def test_keep_must_be_positive(run: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# folders that may not be looked into
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Nothing in these folders can be listed or reached; by intercepting the calls, since root may do anything."""
+
+    def guarded(real: Any) -> Any:
+        def call(path: Any = ".", *args: Any, **options: Any) -> Any:
+            if isinstance(path, (str, os.PathLike)):
+                place = Path(path).absolute()
+                below = any(folder in place.parents for folder in folders)
+                if below or (place in folders and real in (os_listdir, os_scandir)):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    os_listdir, os_scandir = os.listdir, os.scandir
+    for name in ("listdir", "scandir", "open", "stat", "lstat"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+
+
+def test_a_run_that_may_not_be_listed_is_passed_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(run, 1)
+    fill(run.with_name("b"), 1)
+    assert find_newest_run(run.parent) == run.with_name("b")
+    forbid(monkeypatch, run.with_name("b"))
+    assert find_newest_run(run.parent) == run
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_folder_that_may_not_be_listed_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, *, read_only: bool
+) -> None:
+    fill(run, 1)
+    assert find_newest_run(run / "nowhere") is None and find_newest_run(run / "LOCK") is None
+    forbid(monkeypatch, run)
+    with pytest.raises(PersistenceError, match="can't be listed: Permission denied$"):
+        find_newest_run(run)
+    with pytest.raises(PersistenceError, match="Permission denied$"):
+        ModelPersistence(run, log=quiet, read_only=read_only).load()
+    with pytest.raises(PersistenceError, match="can't be loaded: Permission denied$"):
+        ModelPersistence(run, log=quiet, read_only=True).load(run / "step-000000001")
+
+
+def test_a_checkpoint_that_may_not_be_listed_is_inspected_with_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(run, 2)
+    forbid(monkeypatch, run / "step-000000002")
+    with ModelPersistence(run, log=quiet, read_only=True) as reader:
+        problems = {info.path.name: info.problem for info in reader.inspect()}
+        assert reader.load().step == 1
+    assert problems.pop("step-000000002") and set(problems.values()) == {None}
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # commands
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -998,6 +1057,69 @@ def test_commands_with_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
             main(words)
         assert caught.value.code == 2
     assert sorted(os.listdir(tmp_path)) == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_run_that_cannot_be_looked_at_is_one_line(
+    command: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(run, 1)
+    forbid(monkeypatch, run)
+    for place, reason in (
+        (tmp_path / ("n" * 300), "File name too long"),
+        (run, "Permission denied"),
+        (run / "below", "Permission denied"),
+    ):
+        assert main([command, str(place)]) == 2
+        err = capsys.readouterr().err
+        assert err.endswith(f"can't be listed: {reason}\n") and err.count("\n") == 1
+
+
+def test_an_export_to_a_name_that_is_too_long_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(run, 1)
+    assert main(["export", str(run), "n" * 300]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("File name too long\n") and err.count("\n") == 1
+
+
+def test_a_time_that_no_calendar_has_is_listed_as_unknown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(run, 1)
+    body = read_manifest(run / "step-000000001")[0]
+    (run / "step-000000001" / "manifest.json").write_bytes(seal({**body, "created": 1 << 61}))
+    assert main(["inspect", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[4:] == ["?", "ok", "accuracy_delta=1"]
+
+
+def test_names_that_stdout_has_no_letters_for_are_escaped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done is not called a failure for them."""
+    fill(run, 1)
+    shutil.copytree(run / "step-000000001", run / ".bad-ü-1")
+    for words in (["export", str(run), str(tmp_path / "exp_ü")], ["inspect", str(run)]):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert main(words) == 0
+        out.flush()
+        assert b"\\xfc" in out.buffer.getvalue()
+    assert (tmp_path / "exp_ü").is_dir()
+
+
+def test_an_interrupted_command_leaves_without_a_traceback(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    fill(run, 1)
+    monkeypatch.setattr(runs, "read_checkpoint", interrupted)
+    assert main(["verify", str(run)]) == 130
+    assert capsys.readouterr().err == "Interrupted\n"
 
 
 def test_the_module_runs_as_a_script(run: Path) -> None:

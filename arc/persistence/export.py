@@ -15,13 +15,14 @@ import torch
 from arc.persistence.files import image_of, read_safetensors, removed_on_error, stream, write_file
 from arc.persistence.manifest import Checkpoint, check_spec
 from arc.persistence.names import Corrupt, PersistenceError
+from arc.persistence.say import say
 from arc.persistence.store import ModelPersistence
 
 
 def export_best(
     run: str | os.PathLike[str],
     dest: str | os.PathLike[str],
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
     base: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Writes the weights of the best model (else the latest) of `run` for other programs into the new folder `dest`.
@@ -36,8 +37,11 @@ def export_best(
     Raises: PersistenceError if there is no valid checkpoint or it can't be exported, ValueError if `dest` is not new.
     """
     target = Path(dest)
-    if target.exists():
-        raise ValueError(f"{target} exists: give a new folder")
+    try:
+        if target.exists():
+            raise ValueError(f"{target} exists: give a new folder")
+    except OSError as error:  # too long a name, or below a folder where nobody may look
+        raise ValueError(f"{str(target)[:60]!r}: {error.strerror or error}") from error
     with ModelPersistence(run, read_only=True, log=log) as persistence:
         checkpoint = persistence.load("best")
     tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
@@ -67,7 +71,7 @@ def _usable(name: str) -> Iterator[None]:
     anything, so what does not fit is the checkpoint's fault (PersistenceError)."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as problem:
         if isinstance(problem, PersistenceError):
             raise
         what = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]

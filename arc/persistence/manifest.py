@@ -231,12 +231,16 @@ def scan(run: Path, cache: Cache | None = None) -> tuple[list[Entry], list[Path]
 
     A checkpoint that was moved aside by a replacement that never arrived (.old-…) counts, after its successor. With
     `cache`, manifests that have not changed since they were last read are not read again: good enough for rotation.
+
+    Raises: PersistenceError if the folder may not be looked into.
     """
     entries, broken = [], []
     try:
         names = sorted(os.listdir(run))
     except (FileNotFoundError, NotADirectoryError):
         return [], []
+    except OSError as error:
+        raise PersistenceError(f"{run} can't be listed: {error.strerror or error}") from error
     for name in names:
         old = OLD_NAME.fullmatch(name)
         if not STEP_NAME.fullmatch(name) and not (old and old.group(2)):
@@ -244,7 +248,7 @@ def scan(run: Path, cache: Cache | None = None) -> tuple[list[Entry], list[Path]
         try:
             entries.append(read_manifest(run / name)[1] if cache is None else read_cached(run / name, cache))
         except (Corrupt, OSError):
-            if (run / name).is_dir():  # else a reader met a checkpoint that its writer was just pruning
+            if os.path.isdir(run / name):  # else a reader met a checkpoint that its writer was just pruning
                 broken.append(run / name)
     return sorted(entries, key=lambda e: (e.sequence, e.path.name), reverse=True), broken
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from arc.persistence.manifest import read_checkpoint, read_manifest, scan
 from arc.persistence.names import BEST_NAME, STEP_NAME, PersistenceError
+from arc.persistence.say import say
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def inspect_run(run: Path) -> list[CheckpointInfo]:
     infos = []
     for name in sorted(os.listdir(run)):
         kind = _kind_of(name)
-        if kind is not None and (run / name).is_dir():
+        if kind is not None and os.path.isdir(run / name):
             infos.append(_inspect_folder(run / name, kind))
     return infos
 
@@ -52,20 +54,31 @@ def _inspect_folder(folder: Path, kind: str) -> CheckpointInfo:
     except (PersistenceError, OSError) as error:
         problem = str(error)
     if entry is None:
-        size = sum(path.lstat().st_size for path in folder.iterdir())
+        size = 0
+        with contextlib.suppress(OSError):  # it may not be looked into, which `problem` says
+            size = sum(path.lstat().st_size for path in folder.iterdir())
         return CheckpointInfo(folder, kind, None, {}, size, None, problem)
     return CheckpointInfo(folder, kind, entry.step, entry.metrics, entry.bytes, entry.created, problem)
 
 
 def find_newest_run(runs_dir: str | os.PathLike[str] = "runs") -> Path | None:
-    """The run folder under `runs_dir`, or linked there, with the most recent checkpoint; None if no run has one."""
+    """The run folder under `runs_dir`, or linked there, with the most recent checkpoint; None if no run has one.
+
+    A run that may not be looked into is passed over. Raises: PersistenceError if `runs_dir` itself may not be.
+    """
     root = Path(runs_dir)
+    try:
+        names = sorted(os.listdir(root))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise PersistenceError(f"{root} can't be listed: {error.strerror or error}") from error
     found = []
-    for run in sorted(root.iterdir()) if root.is_dir() else []:
-        if run.is_dir():
-            entries, broken = scan(run)
+    for name in names:
+        with contextlib.suppress(PersistenceError):
+            entries, broken = scan(root / name)
             if entries or broken:
-                found.append((max((entry.created for entry in entries), default=0.0), run.name, run))
+                found.append((max((entry.created for entry in entries), default=0.0), name, root / name))
     return max(found)[2] if found else None
 
 
@@ -77,7 +90,7 @@ def setup_drive_backup(output_dir: str | os.PathLike[str]) -> str | None:
     """
     drive = Path("/content/drive/MyDrive")
     if not _on_colab():
-        print("[Backup] none: not running on Colab, no Google Drive to mount (use --backup_dir for another folder)")
+        say("[Backup] none: not running on Colab, no Google Drive to mount (use --backup_dir for another folder)")
         return None
     if not drive.is_dir():
         try:
@@ -85,13 +98,13 @@ def setup_drive_backup(output_dir: str | os.PathLike[str]) -> str | None:
 
             colab_drive.mount("/content/drive")
         except Exception as error:  # Colab raises many kinds, ValueError and AttributeError among them
-            print(f"[Backup] none: Google Drive is not mounted ({error}); mount it in a cell with drive.mount")
+            say(f"[Backup] none: Google Drive is not mounted ({error}); mount it in a cell with drive.mount")
             return None
     if not drive.is_dir():
-        print(f"[Backup] none: {drive} did not appear after mounting")
+        say(f"[Backup] none: {drive} did not appear after mounting")
         return None
     if Path(output_dir).resolve().is_relative_to(drive.resolve()):
-        print(f"[Backup] none: {output_dir} is on Google Drive itself")
+        say(f"[Backup] none: {output_dir} is on Google Drive itself")
         return None
     return str(drive / "arc_backups")
 

@@ -22,6 +22,7 @@ from arc.persistence.names import BEST_METRICS, Corrupt, FrozenMissing, Persiste
 from arc.persistence.restore import restore
 from arc.persistence.retention import Retention
 from arc.persistence.runs import CheckpointInfo, human, inspect_run
+from arc.persistence.say import say
 from arc.persistence.snapshot import Snapshot, Stager
 from arc.persistence.tree import Encoder
 from arc.persistence.writer import Writer
@@ -52,7 +53,7 @@ class ModelPersistence:
         backup_dir: str | os.PathLike[str] | None = None,
         backup_quota_gb: float = 15.0,
         background: bool = True,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = say,
         read_only: bool = False,
     ) -> None:
         if keep < 1:
@@ -74,7 +75,7 @@ class ModelPersistence:
         self._mirror: Mirror | None = None
         self._lock: RunLock | None = None
         if read_only:
-            if not self.output_dir.is_dir():
+            if not os.path.isdir(self.output_dir):
                 raise PersistenceError(f"{self.output_dir} is not a folder")
             return
         self._lock = self._take()
@@ -252,20 +253,20 @@ class ModelPersistence:
     def _links_of(self, folder: Path) -> set[Path]:
         """The folders that are the same checkpoint, with the same files under other names (a best one and its step):
         if one is damaged, so are they."""
-        with contextlib.suppress(Corrupt, OSError):
+        with contextlib.suppress(PersistenceError, OSError):
             entry = read_manifest(folder)[1]
             others = [*(each.path for each in scan(self.output_dir)[0]), *self._bests()]
             return {other for other in others if is_linked(entry, other)}
         return set()
 
     def _bests(self) -> list[Path]:
-        return [path for metric in BEST_METRICS if (path := self.output_dir / f"best-{metric}").is_dir()]
+        return [path for metric in BEST_METRICS if os.path.isdir(path := self.output_dir / f"best-{metric}")]
 
     def _load_path(self, folder: Path) -> Checkpoint:
         try:
             return read_checkpoint(folder)
         except (Corrupt, OSError) as error:
-            if not folder.is_dir():
+            if isinstance(error, Corrupt) and not os.path.isdir(folder):
                 raise PersistenceError(f"{folder} is not a checkpoint folder") from None
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise PersistenceError(f"{folder} can't be loaded: {reason}") from error
