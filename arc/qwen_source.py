@@ -179,10 +179,13 @@ def _ask_hub(name: str, revision: str) -> str | None:
 def _check_folder(source: Source) -> None:
     """UserError, one line, unless the folder holds a Qwen that this file can load. Nothing is loaded yet."""
     folder, where = source.folder, f"--qwen {source.name}"
-    # A pipe would be waited for without end, by transformers too.
-    if odd := [
-        path.name for path in sorted(folder.iterdir()) if path.exists() and not (path.is_file() or path.is_dir())
-    ]:
+    try:
+        # A pipe would be waited for without end, by transformers too.
+        paths = [path for path in sorted(folder.iterdir()) if path.exists()]
+        odd = [path.name for path in paths if not (path.is_file() or path.is_dir())]
+    except OSError as error:
+        raise UserError(f"{where}: the folder cannot be looked into ({error.strerror or error})") from error
+    if odd:
         raise UserError(f"{where}: {odd[0]} is not a regular file")
     adapter = folder / "adapter_config.json"
     if adapter.exists() and not (folder / "config.json").exists():

@@ -609,6 +609,19 @@ def test_a_missing_folder_is_told_as_such(spec: str, cache: Path) -> None:
     assert refusal(spec, cache) == f"--qwen {spec}: no such folder"
 
 
+def test_a_folder_that_may_not_be_listed(cache: Path, copy_of_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = os.listdir
+
+    def listdir(path: Any = ".") -> Any:
+        if Path(path) == copy_of_qwen2:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)  # root may do anything
+    message = f"--qwen {copy_of_qwen2}: the folder cannot be looked into (Permission denied)"
+    assert refusal(copy_of_qwen2, cache) == message
+
+
 def test_other_names_and_settings(cache: Path, tmp_path: Path) -> None:
     assert "--qwen tiny" in refusal("tinny", cache) and "--qwen tiny" in refusal("", cache)
     (tmp_path / "weights").write_text("")
