@@ -1200,6 +1200,22 @@ def test_export_of_what_someone_else_wrote_ends_in_one_line(
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# SLURM
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_resumes_where_there_is_a_checkpoint(tmp_path: Path) -> None:
+    """Not where there is a folder alone: it would be refused for ever."""
+    text = (ROOT / "slurm.sbatch").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("RESUME=")]
+    script = f'set -euo pipefail\nFOLDER={tmp_path}/run\n{line}\necho "[$RESUME]"'
+    for below, expected in (("", "[]"), ("train", "[]"), ("step-000000050", "[--resume]")):
+        (tmp_path / "run" / below).mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert (done.stdout.strip(), done.stderr) == (expected, "")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Colab
 # --------------------------------------------------------------------------------------------------------------------
 
