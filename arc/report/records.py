@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from arc.report.gallery import Gallery, read_gallery
 from arc.run.files import read_json
 
 RED_FLAG = "RED FLAG: "
+LARGEST = 3.4e38  # sums and spans of what is larger overflow
 BATCH_KEYS = ("loss", "reward", "d_acc", "d_size", "d_color", "d_rev", "qwen_grad", "mask_ratio")
 
 
@@ -36,8 +36,10 @@ def read_metrics(path: Path) -> Metrics:
     for line in _lines(path):
         try:
             row = json.loads(line)
-            step = float(row["step"])
+            step = finite(row["step"])
         except (ValueError, TypeError, KeyError, RecursionError):
+            step = None
+        if step is None:
             found.unreadable += 1
             continue
         if "loss" not in row:
@@ -56,13 +58,10 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def finite(value: Any) -> float | None:
-    """The value if it is a finite number."""
+    """The value if it is a number that can be drawn: neither NaN nor so large that no float of 32 bits could be it."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 def red_flags(log_file: Path) -> list[tuple[str, int]]:

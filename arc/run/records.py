@@ -19,6 +19,8 @@ from arc.run.files import UserError
 from arc.run.runlog import RunLog
 
 RULE = "=" * 70
+MOST_STEPS = 10**9 - 1  # that a checkpoint can be named after
+MOST = 2**53  # of anything else that is counted: floats and event files hold it exactly
 SUMMED = ("loss", "reward", "solved", "vote_solved", "mask_ratio", "cells", "cells_processed", "qwen_grad")
 
 
@@ -51,9 +53,10 @@ class TrainState:
             raise UserError("--resume: the checkpoint's state is not that of a training of this version")
         for name, value in saved.items():
             kind = type(fields[name])
-            value = float(value) if kind is float and type(value) is int else value
+            fits = type(value) is not int or -1 < value <= (MOST_STEPS if name == "step" else MOST)
+            value = float(value) if kind is float and type(value) is int and fits else value
             sums = value.values() if isinstance(value, dict) else ()
-            if type(value) is not kind or (kind is int and value < 0) or not all(type(each) is float for each in sums):
+            if type(value) is not kind or not fits or not all(type(each) is float for each in sums):
                 raise UserError(f"--resume: the checkpoint's state {name} is {str(value)[:80]!r}")
             setattr(self, name, value)
 
