@@ -272,6 +272,16 @@ def make_own_folder(path: Path) -> None:
         raise PersistenceError(f"{path} is a link: nothing is written through it")
 
 
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder, sorted; nothing where there is none. Raises: PersistenceError if it can't be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise PersistenceError(f"{folder} can't be listed: {error.strerror or error}") from error
+
+
 def make_folder(path: Path) -> None:
     """mkdir -p that survives a power loss: each new name is synced in its parent."""
     missing = [p for p in (path, *path.parents) if not p.exists()]

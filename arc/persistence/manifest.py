@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from arc.persistence.files import FileSpec, open_regular, read_into, read_safetensors, size_of
+from arc.persistence.files import FileSpec, names_in, open_regular, read_into, read_safetensors, size_of
 from arc.persistence.names import (
     FORMAT,
     FROZEN,
@@ -235,13 +235,7 @@ def scan(run: Path, cache: Cache | None = None) -> tuple[list[Entry], list[Path]
     Raises: PersistenceError if the folder may not be looked into.
     """
     entries, broken = [], []
-    try:
-        names = sorted(os.listdir(run))
-    except (FileNotFoundError, NotADirectoryError):
-        return [], []
-    except OSError as error:
-        raise PersistenceError(f"{run} can't be listed: {error.strerror or error}") from error
-    for name in names:
+    for name in names_in(run):
         old = OLD_NAME.fullmatch(name)
         if not STEP_NAME.fullmatch(name) and not (old and old.group(2)):
             continue

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from arc.persistence.files import names_in
 from arc.persistence.manifest import read_checkpoint, read_manifest, scan
 from arc.persistence.names import BEST_NAME, STEP_NAME, PersistenceError
 from arc.persistence.say import say
@@ -66,15 +67,8 @@ def find_newest_run(runs_dir: str | os.PathLike[str] = "runs") -> Path | None:
 
     A run that may not be looked into is passed over. Raises: PersistenceError if `runs_dir` itself may not be.
     """
-    root = Path(runs_dir)
-    try:
-        names = sorted(os.listdir(root))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise PersistenceError(f"{root} can't be listed: {error.strerror or error}") from error
-    found = []
-    for name in names:
+    root, found = Path(runs_dir), []
+    for name in names_in(root):
         with contextlib.suppress(PersistenceError):
             entries, broken = scan(root / name)
             if entries or broken:

@@ -123,10 +123,9 @@ def find_run_folder(
     elif (Path(which) / "manifest.json").is_file():
         found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
         foreign = Path(which).absolute().parent.resolve() != found.resolve()
-        if foreign and (args.eval_only or not holds_a_run(found)):
-            refuse_a_used(found)
-        # Under --eval_only it is only read, wherever it lies; logs and predictions go to --output_dir.
-        if args.eval_only or (foreign and not holds_a_run(found)):
+        if args.eval_only or (foreign and not holds_a_run(found)):  # it is only read, wherever it lies
+            if foreign:  # what is written, logs and predictions at least, goes to --output_dir
+                refuse_a_used(found)
             return found, which
     else:  # a run's folder is as good as its name under --output_dir
         found, which = Path(which), "latest"

@@ -160,11 +160,13 @@ class RunLog:
 def _content(path: Path) -> bytes:
     """Of a run's record; nothing where there is none. UserError for what cannot be read, or would never end."""
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"--output_dir: {path} is not a regular file")
-        return path.read_bytes() if path.exists() else b""
+        if not path.exists():
+            return b""
+        if path.is_file():
+            return path.read_bytes()
     except OSError as error:
         raise UserError(f"--output_dir: cannot read {path}: {error.strerror}") from error
+    raise UserError(f"--output_dir: {path} is not a regular file")
 
 
 def append(path: Path, lines: bytes) -> None:
