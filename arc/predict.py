@@ -72,6 +72,10 @@ class PairPrediction:
         views, sure = (self.after, self.confidence) if refined else (self.before, self.confidence_before)
         return vote(views, [1.0 + 0.5 * value for value in sure])
 
+    def answers(self, *, refined: bool = True) -> list[Grid]:
+        """`agent`, or the evidence's vote where time ran out before any view was predicted; never empty."""
+        return self.agent(refined=refined) or [self.training_free]
+
     def attempts(self, *, refined: bool = True) -> tuple[Grid, Grid]:
         """Two different grids, from the views after refinement (refined=False: before it).
 

@@ -62,7 +62,7 @@ def score_predictions(name: str, pairs: Sequence[PairPrediction]) -> SplitReport
             (answers, pair.attempts()),
             (befores, pair.attempts(refined=False)),
             (votes, pair.training_free_attempts()),
-            (agents, two_attempts(pair.agent() or [pair.training_free], [])),
+            (agents, two_attempts(pair.answers(), [])),
         ):
             results.append(PairResult(pair.task.id, pair.test_index, target, attempts))
         for when, grids in (("before", pair.before), ("after", pair.after)):

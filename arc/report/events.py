@@ -93,7 +93,7 @@ def panels(pair: PairPrediction) -> list[Grid]:
     Where time ran out before any view was predicted the pair's answer is the vote of the rules, and that is shown.
     """
     test = pair.task.test[pair.test_index]
-    grids = [test.input, *((pair.agent(refined=late) or [pair.training_free])[0] for late in (False, True))]
+    grids = [test.input, *(pair.answers(refined=late)[0] for late in (False, True))]
     return grids if test.output is None else [*grids, test.output]
 
 

@@ -117,7 +117,7 @@ def make_gallery(split: str, predictions: Sequence[PairPrediction], *, step: int
     shown: dict[str, list[ShownPair]] = {}
     for found in predictions:
         pair = found.task.test[found.test_index]
-        before, after = ((found.agent(refined=late) or [found.training_free])[0] for late in (False, True))
+        before, after = (found.answers(refined=late)[0] for late in (False, True))
         picture = ShownPair(found.test_index, pair.input, before, after, found.attempts(), pair.output)
         shown.setdefault(found.task.id, []).append(picture)
     tasks = {found.task.id: found.task for found in predictions}
