@@ -294,11 +294,13 @@ def expand(args: Flags, typed: set[str], given: set[str]) -> None:
 def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
     """On resume: what is not given is the checkpoint's; UserError where it is, and changes the maths."""
     free = {name for name, what in declared(Flags).items() if what.resume is MODEL} if args.eval_only else set()
-    if saved_base(checkpoint.state["extra"]):  # an adapter's base is compared by content: its folder may have moved
-        free |= {"qwen"}
-    taken = given - {"qwen"} if args.qwen == "auto" else given
-    own = {"val_limit"} if args.eval_only else set()
-    adopt_flags(build_parser(), args, taken, checkpoint.state["extra"].get("flags"), free=free, own=own)
+    with usable(checkpoint.path.name):
+        check_record(checkpoint.state)
+        if saved_base(checkpoint.state["extra"]):  # an adapter's base is compared by content: its folder may have moved
+            free |= {"qwen"}
+        taken = given - {"qwen"} if args.qwen == "auto" else given
+        own = {"val_limit"} if args.eval_only else set()
+        adopt_flags(build_parser(), args, taken, checkpoint.state["extra"].get("flags"), free=free, own=own)
     check_places(args, given)
 
 
@@ -1088,9 +1090,7 @@ def prepare(args: Flags, given: set[str], log: RunLog, started: float, team: Tea
             persistence = open_persistence(args, folder, log, read_only=not team.is_first)
             held.callback(persistence.close)
             checkpoint = load_checkpoint(persistence, which)
-            with usable(checkpoint.path.name):
-                check_record(checkpoint.state)
-                take_flags(args, given, checkpoint)
+            take_flags(args, given, checkpoint)
             persistence.keep = args.keep
             return persistence, checkpoint
 

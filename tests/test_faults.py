@@ -266,7 +266,10 @@ FOREIGN: list[Foreign] = [
     *foreign("data", values=(None, {}, {"data": 1})),
     *(each for name in ("data", "training", "extra", "inputs") for each in foreign("data", name, values=(GONE, 3, []))),
     *foreign("data", "inputs", values=(torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64), torch.tensor(1))),
-    *foreign("rows", values=(None, 0.5, "x")),
+    *foreign("state", "step", values=(10**30,)),
+    *foreign("threshold", "ema_accuracy", values=(10**400,)),
+    *foreign("rng", "python", "internal", values=([-1] * 625,)),
+    *foreign("rows", values=(None, 0.5, "x", 10**30)),
     *foreign("lora", values=(None, {"qwen": 3}, {"qwen": {"base": {"no": 1}}})),
 ]
 
@@ -292,7 +295,8 @@ def test_values_of_a_foreign_checkpoint_are_checked(
         persistence.save(checkpoint.state, step=checkpoint.step, wait=True)
     before, flags = everything_below(tmp_path / "run"), ["--resume", "--output_dir", str(tmp_path / "run")]
     solving = ["--eval_only", "--submission", str(tmp_path / "submission.json")]  # tasks told apart by the record
-    for more in (["--epochs", "9"], *([solving] if place[0] == "data" else [])):
+    more_ways = [solving] if place[0] == "data" else [["--print_config"]] if place[0] in ("flags", "lora") else []
+    for more in (["--epochs", "9"], *more_ways):
         code = main([*flags, *more, "--cache_dir", str(tmp_path / "c")])
         out, err = capsys.readouterr()
         assert code == 2 and err.startswith("error: --resume: ") and err.count("\n") == 1, (code, out, err)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Outcome, SmallRun
@@ -446,6 +448,25 @@ def test_resume_without_a_run(which: str, small_run: SmallRun, tmp_path: Path) -
         assert (refused.code, refused.stderr.count("\n")) == (2, 1), refused.stderr
         assert refused.stderr.startswith("error: ")
     assert everything_below(tmp_path) == before
+
+
+def test_resume_a_folder_that_may_not_be_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It can be looked at itself, what is in it cannot (by others than root)."""
+    folder, look = tmp_path / "run", os.stat
+    folder.mkdir()
+
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, (str, os.PathLike)) and folder in Path(path).parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert trainloop.main([*FLAGS, "--resume", str(folder)]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: --resume: ") and found.endswith(": Permission denied\n") and found.count("\n") == 1
 
 
 def test_resume_the_folder_of_a_run_touches_nothing_beside_it(

@@ -118,7 +118,7 @@ def find_run_folder(
             found = Path("runs") / mirrored.name  # a new machine: the checkpoints are fetched from the backup
         if found is None:
             raise UserError("--resume: no run with a checkpoint under runs/; give its folder with --output_dir")
-    elif problem := cannot_look(Path(which)):
+    elif problem := cannot_look(Path(which) / "manifest.json"):  # the folder itself may be one that is not entered
         raise UserError(f"--resume: {problem}")
     elif (Path(which) / "manifest.json").is_file():
         found = Path(args.output_dir) if args.output_dir else Path(which).absolute().parent
