@@ -349,7 +349,7 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
     """
     drawn = args.data == GENERATED
     if drawn and args.unseen == GENERATED and not (args.adapt or args.dev):
-        return generated_splits(args, data)
+        return generated_splits(args, data, log)
     if not (data.training or args.adapt or drawn):
         raise UserError(
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
@@ -363,7 +363,7 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
             "dev_unseen": Split("dev_unseen", unseen, (NEW,) * len(unseen)),
             "dev_seen": Split("dev_seen", seen, tuple(range(len(seen)))),
         }
-        return development.training, chosen_splits(args, splits)
+        return development.training, chosen_splits(args, splits, log)
     name = "adapted" if args.adapt else "unseen"
     kept: tuple[Task, ...] = data.training
     evaluation: tuple[Task, ...] = ()
@@ -384,10 +384,12 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
             f"--unseen {args.unseen}: every training task is also an evaluation task; nothing is left to train"
         )
     splits = {"seed": Split("seed", kept, tuple(range(len(kept)))), name: Split(name, evaluation, numbers)}
-    return kept + added, chosen_splits(args, splits)
+    return kept + added, chosen_splits(args, splits, log)
 
 
-def generated_splits(args: Choice, data: DataSet) -> tuple[tuple[Task, ...], tuple[Split, ...]]:
+def generated_splits(
+    args: Choice, data: DataSet, log: Callable[[str], None]
+) -> tuple[tuple[Task, ...], tuple[Split, ...]]:
     """Three ways to be new: new inputs of the tasks that are trained on (seed; none where fresh tasks are), other tasks
     of their families (unseen), and families that are not trained on."""
     training = data.training
@@ -399,14 +401,18 @@ def generated_splits(args: Choice, data: DataSet) -> tuple[tuple[Task, ...], tup
         "unseen": Split("unseen", unseen, (NEW,) * len(unseen)),
         "families": Split("families", families, (NEW,) * len(families)),
     }
-    return training, chosen_splits(args, splits)
+    return training, chosen_splits(args, splits, log)
 
 
-def chosen_splits(args: Choice, splits: Mapping[str, Split]) -> tuple[Split, ...]:
-    """Those of --val_splits that have tasks; UserError if there is none."""
-    chosen = tuple(splits[each] for each in args.val_splits if each in splits and splits[each].tasks)
+def chosen_splits(args: Choice, splits: Mapping[str, Split], log: Callable[[str], None]) -> tuple[Split, ...]:
+    """Those of --val_splits that have tasks, the others are said; UserError if there is none."""
+    asked = [splits[each] for each in args.val_splits if each in splits]
+    chosen = tuple(split for split in asked if split.tasks)
     if not chosen:
         raise UserError(f"--val_splits {','.join(args.val_splits)}: there is no such task in --data {args.data}")
+    for split in asked:
+        if not split.tasks:
+            log(f"{split.name.capitalize()} split: there is no task in it")
     return chosen
 
 

@@ -99,6 +99,7 @@ def test_it_trains_validates_and_goes_on_where_it_was_stopped(small_run: SmallRu
     flags = (*DRAWN, "--tasks", tasks, "--val_splits", "seed,unseen,families", "--epochs", "2")
     whole = small_run(tmp_path / "whole", *flags)
     assert whole.code == 0
+    assert ("Seed split: there is no task in it" in whole.stdout) == (tasks == "0")
     rows = whole.epochs
     assert ("val.split" in rows[-1]) and rows[-1]["val.split"] == ("seed" if tasks == "3" else "unseen")
     assert any(".family.crop" in key for key in rows[-1]) and any(key.startswith("val.families.") for key in rows[-1])
