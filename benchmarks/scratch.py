@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arc.episodes import epoch_order  # noqa: E402
 from arc.report.charts import Series, line_chart  # noqa: E402
 from benchmarks.fixes import ARC_ONLY, FULL, MEANING, VARIANTS, Measure, paired  # noqa: E402
 from benchmarks.runs import (  # noqa: E402
@@ -39,6 +40,7 @@ from benchmarks.runs import (  # noqa: E402
     table,
     verdict,
 )
+from trainloop_complete_with_fixes import parse_arguments  # noqa: E402
 
 TASKS = ("--data", "generated", "--families", "basic", "--max_side", "6", "--no_evidence")
 SPLITS = {"seed": "known tasks, new inputs", "unseen": "unseen tasks", "families": "unseen families"}
@@ -219,6 +221,11 @@ def options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[str, 
     args, extra = parse(parser, argv)
     if args.epochs < 1 or args.steps % args.epochs:
         parser.error(f"--steps {args.steps} is not a multiple of --epochs {args.epochs}")
+    most = len(epoch_order(parse_arguments([*TASKS, *extra])[0], (), 0))
+    if args.steps > args.epochs * most:
+        parser.error(
+            f"--steps {args.steps}: an epoch has {most} batches, so that takes more than {args.epochs} --epochs"
+        )
     return args, extra
 
 

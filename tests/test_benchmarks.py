@@ -283,6 +283,15 @@ def test_scratch_turns_off_each_part() -> None:
         assert ("time_budget" in given) == (job.label == "300 s")
 
 
+def test_scratch_refuses_more_batches_than_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """An epoch that is asked for more would end sooner, without a word."""
+    enough = ["--epochs", "2", "--", "--episodes", "8", "--queries", "2", "--batch_size", "4"]
+    scratch.options(["--steps", "8", *enough])
+    with pytest.raises(SystemExit):
+        scratch.options(["--steps", "10", *enough])
+    assert "an epoch has 4 batches" in capsys.readouterr().err
+
+
 def test_speed(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--regimes", "drawn", "--repeats", "1", "--batches", "8", "--evidence_tasks", "1", "--val_tasks", "1", "3"]
     assert speed.main([*flags, "--cache_dir", str(cache_dir), "--", *SMALL, *DRAWN, "--episodes", "40"]) == 0
