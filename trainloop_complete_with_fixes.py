@@ -688,7 +688,8 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
         )
         # The way back is trained on each episode's first view only: it costs a pass of its own.
         back = agent(batch.way_back, refined, reverse=True) if run.weights.reversibility else None
-        terms = free_energy.terms(passes, batch.way_back, back, team.portion)
+        # Where nothing is refined the second pass is the first, of some of the queries: they would count twice.
+        terms = free_energy.terms(passes if feedback else passes[:1], batch.way_back, back, team.portion)
         tasks, prompts = team.gather(batch.task), (team.gather(prompt), team.gather(refined.float()))
         terms["prompt"] = team.once(fixes.consistency(torch.cat(prompts), tasks.repeat(2)))  # FIX 6
         efe = free_energy.combine(terms, run.weights, fixes.curriculum.get_size_loss_weight(run.state.epoch))  # FIX 4

@@ -114,10 +114,10 @@ Portion = Callable[[Tensor], Tensor | float]
 
 
 def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput | None, portion: Portion) -> dict[str, Tensor]:
-    """All terms but that of the prompts, averaged over the passes (before, after): the agent is trained on both,
-    otherwise "before" would be an untrained straw man and the reward would prove nothing. back: the agent's output for
-    the queries `asked` the way back; None where it weighs nothing. portion: what means over the grids, cells or queries
-    here contribute to those over the whole batch (`arc.parallel.Team`)."""
+    """All terms but that of the prompts, averaged over the passes (before and after; one where nothing is refined): the
+    agent is trained on both, otherwise "before" would be an untrained straw man and the reward would prove nothing.
+    back: the agent's output for the queries `asked` the way back; None where it weighs nothing. portion: what means
+    over the grids, cells or queries here contribute to those over the whole batch (`arc.parallel.Team`)."""
     found: dict[str, list[Tensor]] = {"risk": [], "ambiguity": [], "size": []}
     for p in passes:
         logits, target, queries = p.output.colour_logits, p.query.target, p.weights.grid.new_tensor(len(p.query))

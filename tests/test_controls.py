@@ -14,6 +14,7 @@ from helpers import FAST, differences, load, offer, timeless
 
 from arc.batches import QueryBatch
 from arc.datasets import load_dataset
+from arc.efe import size_loss
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, NoEvidence
 from arc.evidence.counting import TaskEvidence
@@ -21,7 +22,7 @@ from arc.evidence.store import silence
 from arc.predict import PairPrediction
 from arc.splits import Development, carve, hold_out
 from arc.tasks import Pair, Task, same_content
-from trainloop_complete_with_fixes import ABLATION, parse_arguments, predictor, read_prompt
+from trainloop_complete_with_fixes import ABLATION, parse_arguments, predictor, read_prompt, train_step
 
 # --------------------------------------------------------------------------------------------------------------------
 # no memory
@@ -51,6 +52,25 @@ def test_as_much_is_recalled_as_was_asked_for(small_build: SmallBuild, flags: tu
     for number, value in enumerate(torch.ones(3, *prompt.shape[1:])):
         assert offer(run.memory, key[0], value, 1000 + number, 1.0, 0.5, step=0)
     assert len(predictor(run).recall(key)) == count
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# no policy
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_policy_every_query_counts_alike(small_build: SmallBuild) -> None:
+    """There is no second pass, over some of the queries only, for them to count in once more."""
+    run = small_build("--no_policy", "--views", "3", "--refined_views", "1")
+    (batch,) = train_batches(run, 1)
+    assert 0 < len(batch.refined) < len(batch.query)
+    torch.nn.init.normal_(run.agent.size_head.weight)  # at first the views of a pair are answered alike
+    noise = torch.zeros(run.args.policy_samples, len(batch.task), run.policy.log_std.numel())
+    measured = train_step(run, batch, noise, 1).measured
+    with torch.no_grad():
+        output = run.agent(batch.query, read_prompt(run, batch)[0])
+    expected = size_loss(output.size_logits, batch.query.target_size)
+    assert float(measured["efe.size"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
