@@ -937,7 +937,7 @@ def checkpoint_tree(run: Run) -> dict[str, Any]:
         "optim": {
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
-            "average": run.average.state_dict() if run.average else None,
+            "average": run.average.state_dict(saved_parts(run)) if run.average else None,
         },
         "extra": {
             "format": CHECKPOINT_FORMAT,

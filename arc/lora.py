@@ -10,7 +10,7 @@ This is the only file that imports peft, an optional package, and it does so ins
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -131,6 +131,10 @@ class Adapter:
         self.parameters: dict[str, nn.Parameter] = {
             name.replace(f".{_NAME}.", "."): p for name, p in model.named_parameters() if p.requires_grad
         }
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """As a module has it; no two are one."""
+        return iter(self.parameters.items())
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -293,6 +293,12 @@ def is_block_matrix(group: str, key: str, parameter: Tensor) -> bool:
     return group == "agent" and key.startswith("blocks.") and parameter.ndim == 2 and "modulation" not in key
 
 
+class Named(Protocol):
+    """What has trainable parameters by name: a module, or an adapter."""
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
 class WeightAverage:
     """Exponential moving average of the trainable weights, used for evaluation; the raw weights stay for resuming.
 
@@ -332,8 +338,15 @@ class WeightAverage:
         for key, parameter in self.live.items():
             parameter.copy_(source[key])
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+    def state_dict(self, parts: Mapping[str, Named] | None = None) -> dict[str, Any]:
+        """parts: as whose weights a checkpoint has the raw ones; `names` tells of each the averages' names here, by the
+        names there."""
+        own = {id(parameter): key for key, parameter in self.live.items()}
+        names = {
+            name: {key: own[id(p)] for key, p in part.named_parameters(remove_duplicate=False) if id(p) in own}
+            for name, part in (parts or {}).items()
+        }
+        return {"updates": self.updates, "average": self.average, "names": names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved, updates = (state.get(key) if isinstance(state, Mapping) else None for key in ("average", "updates"))

@@ -274,12 +274,15 @@ def states_in_a_fresh_process(folder: Path, ids: torch.Tensor, scratch: Path) ->
 
 
 def merge_by_peft(run: Run, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids and the last hidden states of the best model of `folder`, before and after peft itself merges it."""
-    assert run.qwen.adapter is not None
-    run.qwen.adapter.load_state_dict(load(folder, "best").state["model"]["qwen"])
+    """Token ids and the last hidden states of the best model of `folder` as it was validated, before and after peft
+    itself merges it."""
+    assert run.qwen.adapter is not None and run.average is not None
+    state = load(folder, "best").state
+    run.qwen.adapter.load_state_dict(state["model"]["qwen"])
+    run.average.load_state_dict(state["optim"]["average"])
     backbone = run.qwen.backbone.eval()
     ids = torch.randint(2469, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
+    with torch.no_grad(), run.average.applied():
         adapted = backbone(input_ids=ids).last_hidden_state
         for layer in backbone.modules():
             if isinstance(layer, LoraLayer):

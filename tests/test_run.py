@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -12,13 +13,12 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, SmallRun
+from conftest import Outcome, SmallBuild, SmallRun
 from helpers import (
     FAST,
     differences,
@@ -30,10 +30,12 @@ from helpers import (
     strict_json,
     timeless,
 )
+from safetensors.torch import load_file
 
 from arc.qwen import context_codes
 from arc.run.records import TrainState
-from trainloop_complete_with_fixes import prompt_spread
+from model_persistence import export_best
+from trainloop_complete_with_fixes import prompt_spread, restore, saved_parts
 
 EPOCHS = 2
 NUMBER = r"\d+\.\d{4}"
@@ -280,6 +282,24 @@ def test_policy_objective_rloo(finished: Outcome, small_run: SmallRun, tmp_path:
     assert first["efe.total"] == expected["efe.total"] and first["reward_objective"] != expected["reward_objective"]
 
 
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+def test_what_is_exported_is_what_was_validated(
+    ema: str, small_run: SmallRun, small_build: SmallBuild, tmp_path: Path
+) -> None:
+    """The averaged weights, where there are any, under the names that the raw ones have."""
+    flags = ("--ema", ema, "--task_latent", *FAST)
+    assert small_run(tmp_path / "run", *flags, "--max_batches", "6", "--val_limit", "1").code == 0
+    export_best(tmp_path / "run", tmp_path / "out")
+    run, checkpoint = small_build(*flags), load(tmp_path / "run", "best")
+    restore(run, checkpoint)
+    raw = checkpoint.state["model"]
+    with run.average.applied() if run.average else contextlib.nullcontext():
+        for name, part in saved_parts(run).items():
+            exported = load_file(tmp_path / "out" / name / "model.safetensors")
+            assert differences(exported, dict(part.state_dict())) == []
+            assert name != "agent" or (differences(exported, dict(raw[name])) == []) == (ema == "0")
+
+
 def test_no_policy(small_run: SmallRun, tmp_path: Path) -> None:
     """The control: one pass, so that nothing is refined and nothing rewarded."""
     outcome = small_run(tmp_path / "run", "--no_policy", "--max_batches", "4")
@@ -421,7 +441,7 @@ def figures(text: str) -> list[str]:
     return re.findall(r"(?:Val Accuracy|Accuracy Delta|seed split|unseen split|training-free).*", text)
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_file_longer_than(size: int) -> Iterator[None]:
     """Writing beyond `size` bytes of any file fails in this process, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

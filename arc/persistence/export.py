@@ -28,7 +28,8 @@ def export_best(
     """Writes the weights of the best model (else the latest) of `run` for other programs into the new folder `dest`.
 
     Each entry of state["model"] becomes `dest/<entry>/model.safetensors`: its tensors, nested keys joined by ".", ties
-    written out, and the frozen tensors named "<entry>/…" (an entry may be frozen altogether). Entries of
+    written out, and the frozen tensors named "<entry>/…" (an entry may be frozen altogether). Where
+    state["optim"]["average"] has an average of a tensor, that is written: it is what was validated. Entries of
     state["extra"]["export"][<entry>] = {file name: text} are written next to it (config.json, tokenizer.json …), after
     which `AutoModel.from_pretrained(dest/<entry>)` reads a Hugging Face model. An entry with a recipe in
     state["extra"]["lora"] is an adapter and is written merged (see `_merged`); its base is read from the folder that
@@ -49,10 +50,15 @@ def export_best(
         with _usable(checkpoint.path.name), removed_on_error(tmp):
             texts, recipes = _export_texts(checkpoint), _lora_recipes(checkpoint)
             trained = checkpoint.state.get("model", {})
+            average = checkpoint.state.get("optim", {}).get("average") or {"names": {}}
+            if "names" not in average:  # it cannot be told which average is which weight's
+                log(f"{checkpoint.path.name} is of an older version: the weights as they train, not the averaged ones")
+                average = {"names": {}}
             for entry in [*trained, *sorted({name.partition("/")[0] for name in checkpoint.frozen} - trained.keys())]:
                 folder = tmp / _safe_name(entry)
                 folder.mkdir(parents=True)
-                tensors = {**_frozen_of(entry, checkpoint), **dict(_flat_tensors(trained.get(entry), ""))}
+                raw = dict(_flat_tensors(trained.get(entry), ""))
+                tensors = {**_frozen_of(entry, checkpoint), **raw, **_averages_of(entry, average)}
                 if entry in recipes:
                     tensors = _merged(tensors, recipes[entry], base)
                 write_file(folder / "model.safetensors", stream(image_of(tensors, {"format": "pt"})))
@@ -90,6 +96,11 @@ def _export_texts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 def _frozen_of(entry: str, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     prefix = f"{entry}/"
     return {name[len(prefix) :]: t for name, t in checkpoint.frozen.items() if name.startswith(prefix)}
+
+
+def _averages_of(entry: str, average: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The averaged weights of an entry by the names of its raw ones."""
+    return {key: average["average"][name] for key, name in average["names"].get(entry, {}).items()}
 
 
 def _flat_tensors(tree: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
