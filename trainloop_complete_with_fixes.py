@@ -882,7 +882,6 @@ def predict_splits(
     """Predict the splits under the averaged weights by `deadline` (inf: every view of every pair), each in its share of
     the time; write the attempts as JSON into the run's folder, and, if they are to `show`, what the report draws. Of
     several processes each predicts a part, and the first has (and scores) them all; the others return nothing."""
-    here = run.team.place
     predicted: dict[str, list[PairPrediction]] = {}
     modules = list(run.modules.values())
     average = run.average.applied() if run.average else contextlib.nullcontext()
@@ -890,7 +889,7 @@ def predict_splits(
         run.records.check_weights(modules)
         for number, split in enumerate(splits):
             until = part_of(deadline, split.pairs, sum(each.pairs for each in splits[number:]))
-            pairs = gathered(split, predictor(run).split(split.share(here.rank, here.size), until), run.team)
+            pairs = gathered(split, functools.partial(predictor(run).split, deadline=until), run.team, run.stop)
             if not run.team.is_first:
                 continue
             predicted[split.name] = pairs

@@ -31,6 +31,7 @@ from arc.parallel import Team
 from arc.qwen import ContextEncoder
 from arc.refine import Act, best_first, farther, pairs_loss
 from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS, TRIAL_VIEWS, PredictionCost
+from arc.run.interrupt import Interrupted, StopSignal
 from arc.run.runlog import RunLog
 from arc.splits import Split
 from arc.tasks import Grid, Task
@@ -106,11 +107,17 @@ def all_attempts(pairs: Iterable[PairPrediction]) -> dict[str, list[Attempts]]:
     return attempts
 
 
-def gathered(split: Split, own: Sequence[PairPrediction], team: Team) -> list[PairPrediction]:
-    """The predictions of a split's pairs by all processes, each of which has made those of its `Split.share`; in the
-    split's order."""
+def gathered(
+    split: Split, predict: Callable[[Split], list[PairPrediction]], team: Team, stop: StopSignal
+) -> list[PairPrediction]:
+    """The predictions of a split's pairs, in its order, each by the process whose `Split.share` it is in. Interrupted
+    if a signal ended one of them early, and then for all: one that left alone would leave the others waiting here."""
+    own: list[PairPrediction] = []
+    with contextlib.suppress(Interrupted):
+        own = predict(split.share(team.place.rank, team.place.size))
+    stop.check(team.most)
     if team.alone:
-        return list(own)
+        return own
     place = {id(task): number for number, task in enumerate(split.tasks)}
     said = [{**vars(pair), "task": place[id(pair.task)]} for pair in own]
     found = [pair for part in team.everyones(said) for pair in part]
@@ -295,7 +302,7 @@ class Predictor:
     precision: Precision
     device: torch.device
     log: RunLog
-    check: Callable[[], None]  # called before each batch; raises to end it all
+    check: Callable[[], None]  # called before each batch; raises Interrupted to end it all
 
     def split(self, split: Split, deadline: float = math.inf) -> list[PairPrediction]:
         """Predict every test pair of the split's tasks. With a deadline *anytime*: the evidence's answer for every pair

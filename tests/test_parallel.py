@@ -213,6 +213,7 @@ def trained(small_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     jobs += [run("two/light", *LIGHT), run("two/sharded_light", *LIGHT, "--fsdp")]
     jobs += [run("two/steps", *LONGER), run("two/sharded_steps", *LONGER, "--fsdp")]
     jobs += [run("two/gathered", "--fsdp", trip=stop)]
+    jobs += [run("two/told", trip=("Memory: ", 1)), run("two/told", *resume)]  # as a validation begins
     codes = do_jobs(2, jobs, two)
     assert do_jobs(1, [run("two/early", *resume), run("two/gathered", *resume)], one) == [[0, 0]]
     return Trained(one, two, codes)
@@ -252,7 +253,11 @@ def assert_close_runs(a: Path, b: Path) -> None:
 
 def test_a_run_of_two_processes_is_that_of_one(trained: Trained) -> None:
     """The same metrics, and predictions of every test pair, each made by one of them."""
-    assert trained.codes[0] == trained.codes[1] == [0] * len(STEPS) + [0, 143, 0, 0, 143] + [0, 143, 0, 0, 0, 0, 0, 143]
+    assert (
+        trained.codes[0]
+        == trained.codes[1]
+        == [0] * len(STEPS) + [0, 143, 0, 0, 143] + [0, 143, 0, 0, 0, 0, 0, 143, 143, 0]
+    )
     assert_close_runs(trained.one / "run", trained.two / "run")
     texts = [(folder / "run" / "predictions-seed.json").read_text() for folder in (trained.one, trained.two)]
     assert strict_json(texts[0]).keys() == strict_json(texts[1]).keys()
@@ -327,7 +332,8 @@ def test_a_divided_run_goes_on_in_one_process(trained: Trained) -> None:
 
 
 def test_an_interrupted_run_of_two_goes_on_as_if_nothing_had_been(trained: Trained) -> None:
-    """Bit for bit; the signal had reached one of the two."""
+    """Bit for bit; the signal had reached one of the two, in an epoch or before the test pairs that it predicts."""
+    assert differences_of_runs(trained.two / "run", trained.two / "told") == []
     assert differences_of_runs(trained.two / "run", trained.two / "stopped") == []
     assert timeless(metrics(trained.two / "run")) == timeless(metrics(trained.two / "stopped"))
 
