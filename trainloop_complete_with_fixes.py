@@ -79,7 +79,6 @@ from arc.run.runlog import RunLog
 from arc.run.terminal import Pace, write_line
 from arc.scoring import SplitReport, headline, keep_attempts, log_validation, score_splits, submit
 from arc.splits import (
-    DEV_SPLITS,
     LABELS,
     Split,
     all_tasks,
@@ -117,8 +116,6 @@ ABLATION = {
     6: "consistency with the old sign",
     7: "no mixed precision, no loss scaling, no clipping",
 }
-# What --old stands for: every fix turned back, and the seed's learning rates.
-OLD_SETTINGS: Mapping[str, Any] = {"ablate": tuple(ABLATION), "agent_lr": 1e-5, "qwen_lr": 5e-5}
 DEFAULT_THREADS = torch.get_num_threads()
 PROBLEMS = (UserError, PersistenceError)  # one line, which is all that there is to know
 CHECKPOINT_FORMAT = 5  # raise it when checkpoints of before can no longer be continued
@@ -163,7 +160,7 @@ class Flags:
     tasks: int = flag(DATA, 20, "of --data generated: tasks a family; 0: fresh ones without end", whole(0, 10_000))
     pairs: int = flag(DATA, 4, "of generated and extra data: demonstrations of a task", whole(2, 30))
     queries: int = flag(DATA, 4, "of generated and extra data: pairs asked after one reading", whole(1, 1024))
-    episodes: int = flag(DATA, 8192, "of generated and extra data: contexts an epoch", whole(1))
+    episodes: int = flag(DATA, 8192, "of generated and extra data: contexts an epoch", whole(1, 2**24))
     max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
                        "of --data if it has no others), never on their test outputs")
@@ -266,29 +263,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Flags, set[str]]:
     command line or by --config."""
     parser = build_parser()
     # Numbers too, from a cell.
-    values, typed, given = parser.parse(own_arguments() if argv is None else [str(argument) for argument in argv])
+    values, chosen, given = parser.parse(own_arguments() if argv is None else [str(argument) for argument in argv])
     args = Flags(**values)
-    expand(args, typed, given)
+    recipes.expand(args, chosen, given, parser.config)
     parser.problems += conflicts(args)
     if parser.problems:
         parser.report()
     return args, given
-
-
-def expand(args: Flags, typed: set[str], given: set[str]) -> None:
-    """Flags that stand for others, or decide their defaults, where those are not given explicitly. One on the command
-    line (`typed`) is stronger than what a --config says of the others."""
-    recipe, drawn = RECIPES.get(args.recipe or "", {}), recipes.DRAWN if args.data == GENERATED else {}
-    for settings, explicit in ((recipe, typed if "recipe" in typed else given), (drawn, given)):
-        vars(args).update({name: value for name, value in settings.items() if name not in explicit})
-    if args.old:
-        explicit = typed if "old" in typed else given
-        vars(args).update({name: value for name, value in OLD_SETTINGS.items() if name not in explicit})
-    if (args.adapt or args.dev) and "val_splits" not in (typed if {"adapt", "dev"} & typed else given):
-        args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
-    if {"qwen", "qwen_tune"} & typed and "qwen_lr" not in typed and not args.old:
-        args.qwen_lr = None  # the config's is that of another model
-        given.discard("qwen_lr")
 
 
 def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:

@@ -90,7 +90,7 @@ def conflicts(args: Settings) -> list[str]:
         ),
         (args.views > args.batch_size, f"--views {args.views} do not fit in --batch_size {args.batch_size}"),
         (
-            starting and args.data == GENERATED and args.queries > args.batch_size,
+            starting and (args.data == GENERATED or args.extra_data) and args.queries > args.batch_size,
             f"--queries {args.queries} do not fit in --batch_size {args.batch_size}",
         ),
         (args.eval_only and starting, "--eval_only needs --resume (latest, best or a checkpoint's path)"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from arc.generate import GENERATED
+from arc.splits import DEV_SPLITS
 
 # --data generated: small grids, learned from nothing. Small batches of many contexts with few queries each, read cell
 # by cell: what is slow to be learned is reading (benchmarks/RESULTS.md). A nearly right grid weighs no more than
@@ -57,8 +58,42 @@ GPU: Mapping[str, Any] = {
 }
 RECIPES: Mapping[str, Mapping[str, Any]] = {"gpu": GPU}
 
+# --old: every fix turned back, and the seed's learning rates.
+OLD: Mapping[str, Any] = {"ablate": tuple(range(1, 8)), "agent_lr": 1e-5, "qwen_lr": 5e-5}
+
 
 def tiny_qwen_lr(data: str) -> float:
     """Learning rate of the tiny Qwen, which is random like the agent. On generated tasks all that the agent knows of a
     task is read by it, and it learns to read from nothing."""
     return 1e-3 if data == GENERATED else 3e-4
+
+
+def expand(args: Any, chosen: set[str], given: set[str], config: Mapping[str, Any]) -> None:
+    """Flags that stand for others, or decide their defaults, where those are not given. One that was chosen for this
+    command is stronger than what a list of all flags (`config`) says of the others. chosen, given: as `Arguments.parse`
+    returns them; what a list says of another model or other data is no longer given afterwards."""
+    plain, drawn = type(args)(), args.data == GENERATED
+    if "data" in chosen and (config.get("data", args.data) == GENERATED) != drawn:
+        for name in (DRAWN.keys() | {"qwen_lr"}) - chosen:
+            setattr(args, name, getattr(plain, name))
+            given.discard(name)
+
+    def settle(settings: Mapping[str, Any], explicit: set[str]) -> None:
+        vars(args).update({name: value for name, value in settings.items() if name not in explicit})
+
+    settle(RECIPES.get(args.recipe or "", {}), chosen if "recipe" in chosen else given)
+    settle(DRAWN if drawn else {}, given)
+    settle(OLD if args.old else {}, chosen if "old" in chosen else given)
+    for one, other in (("adapt", "dev"), ("dev", "adapt")):  # which exclude each other
+        if getattr(args, one) and one in chosen and other not in chosen:
+            setattr(args, other, False)
+    if drawn and not args.tasks and "task_latent" not in chosen:
+        args.task_latent = False  # no task comes twice
+    if "val_splits" not in (chosen if {"adapt", "dev"} & chosen else given):
+        if args.adapt or args.dev:
+            args.val_splits = DEV_SPLITS if args.dev else ("seed", "adapted")
+        elif "adapted" in args.val_splits:  # the recipe's, without its --adapt
+            args.val_splits = plain.val_splits
+    if {"qwen", "qwen_tune"} & chosen and "qwen_lr" not in chosen and not args.old:
+        args.qwen_lr = None  # the config's is that of another model
+        given.discard("qwen_lr")

@@ -168,6 +168,43 @@ def test_a_flag_that_stands_for_others_is_stronger_than_a_runs_config(
     assert printed(capsys, "--config", own, "--qwen", "auto")["qwen_lr"] is None  # it was the tiny one's
 
 
+SWITCHED_OFF = {"adapt": False, "task_latent": False}
+
+
+@pytest.mark.parametrize(
+    ("listed", "some", "flags", "expected"),
+    [
+        # A file that names a few flags is as good as typing them.
+        ((), {**SWITCHED_OFF, "agent_width": 64}, ("--recipe", "gpu"), {**SWITCHED_OFF, "agent_width": 64}),
+        ((), {"recipe": "gpu", "adapt": False}, (), {"adapt": False, "val_splits": ["seed"], "agent_width": 512}),
+        ((), {"agent_lr": 0.02}, ("--old",), {"agent_lr": 0.02, "qwen_lr": 5e-5}),
+        ((), {"qwen_lr": 0.02}, ("--qwen", "tiny"), {"qwen_lr": 0.02}),
+        # Of a list of all what was chosen for this command is left.
+        (("--agent_width", "64"), {}, ("--recipe", "gpu"), {"agent_width": 512, "adapt": True}),
+        (("--adapt",), {}, ("--dev",), {"adapt": False, "val_splits": ["dev_unseen", "dev_seen"]}),
+        (("--dev",), {}, ("--adapt",), {"dev": False, "val_splits": ["seed", "adapted"]}),
+        ((), {}, ("--data", "generated"), {"unseen": "generated", "agent_width": 64, "recall": 16}),
+        (("--data", "generated"), {}, ("--data", "arcagi1"), {"val_splits": ["seed"], "agent_width": 128, "recall": 0}),
+        (("--data", "generated", "--recall", "3"), {}, ("--data", "generated"), {"recall": 3, "agent_width": 64}),
+        # What a recipe cannot have here.
+        ((), {}, ("--recipe", "gpu", "--dev"), {"adapt": False, "val_splits": ["dev_unseen", "dev_seen"]}),
+        ((), {}, ("--recipe", "gpu", "--data", "generated", "--tasks", "0"), {"task_latent": False, "recall": 16}),
+    ],
+)
+def test_what_is_stronger(
+    listed: tuple[str, ...],
+    some: dict[str, Any],
+    flags: tuple[str, ...],
+    expected: dict[str, Any],
+    file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Between flags that stand for others, on the command line, and a --config that lists all flags or names some."""
+    file.write_text(json.dumps(some or printed(capsys, *listed)))
+    found = printed(capsys, "--config", str(file), *flags)
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_what_print_config_prints_can_be_resumed_with(
     interrupted: Path, file: Path, small_flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,7 @@ class Arguments(argparse.ArgumentParser):
             formatter_class=Help,
         )
         self.problems: list[str] = []
+        self.config: dict[str, Any] = {}  # what --config says
         self.actions: dict[str, argparse.Action] = {}
         groups: dict[str, argparse._ArgumentGroup] = {}
         for field in dataclasses.fields(flags):
@@ -158,8 +159,9 @@ class Arguments(argparse.ArgumentParser):
             self.actions[field.name] = add(*names, default=field.default, help=what.help, **options)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], set[str], set[str]]:
-        """The values by name; which were typed; which were given at all, on the command line or by --config. A problem
-        does not end it: see `problems`."""
+        """The values by name; which were chosen for this command; which were given at all, on the command line or by
+        --config. Chosen is what is typed, or is in a --config that names a few flags: one that lists them all, as a
+        run's own does, says what they happened to be. A problem does not end it: see `problems`."""
         parsed, unknown = self.parse_known_args(argv)
         values = vars(parsed)
         if unknown:
@@ -172,11 +174,10 @@ class Arguments(argparse.ArgumentParser):
         }
         given = set(typed)
         if values["config"] is not None:
-            for name, value in read_config(self, Path(values["config"]), resuming=values["resume"] is not None).items():
-                if name not in typed:
-                    values[name] = value
-                    given |= {name} if value is not None else set()  # null: decided when the model is built
-        return values, typed, given
+            self.config = read_config(self, Path(values["config"]), resuming=values["resume"] is not None)
+            values |= {name: value for name, value in self.config.items() if name not in typed}
+            given |= {name for name, value in self.config.items() if value is not None}  # null: when the model is built
+        return values, given if len(self.config) < len(self.actions) // 2 else typed, given
 
     def error(self, message: str) -> NoReturn:
         self.problems.append(message)
