@@ -160,14 +160,14 @@ class Flags:
     tasks: int = flag(DATA, 20, "of --data generated: tasks a family; 0: fresh ones without end", whole(0, 10_000))
     pairs: int = flag(DATA, 4, "of generated and extra data: demonstrations of a task", whole(2, 30))
     queries: int = flag(DATA, 4, "of generated and extra data: pairs asked after one reading", whole(1, 1024))
-    episodes: int = flag(DATA, 8192, "of generated and extra data: contexts an epoch", whole(1, 2**24))
+    episodes: int = flag(DATA, 8192, "of generated and extra data: contexts an epoch", whole(1, 2**20))
     max_side: int = flag(DATA, 10, "of --data generated: rows and columns at most", whole(MIN_SIDE, 30))
     adapt: bool = flag(DATA, False, "train on the demonstration pairs of the evaluation tasks too (those of --unseen; "
                        "of --data if it has no others), never on their test outputs")
     augment: str = flag(DATA, "full", "of each view", ("full", "dihedral", "colour", "none"))
     views: int = flag(DATA, 4, "augmented views of an episode in a batch", whole(1, 64))
     batch_size: int = flag(DATA, 32, "queries in a batch at most", whole(1))
-    max_cells: int = flag(DATA, 6144, "padded grid cells in a batch at most (but one episode; not of drawn data)",
+    max_cells: int = flag(DATA, 6144, "padded cells in a batch at most (but one episode; of drawn data twice as many)",
                           whole(1), MODEL)
     cache_dir: str = flag(DATA, default_cache(), "for the evidence and the built-in tiny Qwen", path, COMMAND)
 
@@ -275,6 +275,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Flags, set[str]]:
 def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
     """On resume: what is not given is the checkpoint's; UserError where it is, and changes the maths."""
     free = {name for name, what in declared(Flags).items() if what.resume is MODEL} if args.eval_only else set()
+    if args.eval_only and "data" in given:  # then these say which tasks are drawn
+        free |= {"families", "tasks", "pairs", "max_side", "seed"}
     with usable(checkpoint.path.name):
         check_record(checkpoint.state)
         if saved_base(checkpoint.state["extra"]):  # an adapter's base is compared by content: its folder may have moved

@@ -88,6 +88,7 @@ def episode_cells(task: Task, held_out: int) -> int:
     return rows * columns
 
 
+DRAWN_ROOM = 2  # times --max_cells: padded tokens that a batch may have of episodes whose sizes are not known before
 VIEW_CELLS = 1024  # tokens that the views of one episode take together, about: large grids get fewer views
 
 
@@ -119,9 +120,12 @@ def epoch_order(args: Plan, tasks: Sequence[Task], epoch: int) -> list[tuple[Epi
     are drawn, or, under --extra_data, both in one shuffled order."""
     drawn: list[tuple[Episode | Drawn, ...]] = []
     if args.data == GENERATED or args.extra_data:
-        drawn = list(drawn_batches(args.episodes, args.queries, args.batch_size))
+        cells = args.max_side**2 if GENERATED in (args.data, args.extra_data) else 1  # of a query; unknown in files
+        size = max(1, min(args.batch_size, DRAWN_ROOM * args.max_cells // cells) // args.queries)
+        wanted = size * args.max_batches if args.data == GENERATED and args.max_batches else args.episodes
+        drawn = list(drawn_batches(min(args.episodes, wanted), size))
     if args.data == GENERATED:
-        return drawn[: args.max_batches or None]
+        return drawn
     batches: list[tuple[Episode | Drawn, ...]] = list(
         epoch_batches(
             tasks, seed=args.seed, epoch=epoch, batch_size=args.batch_size, views=args.views, max_cells=args.max_cells
@@ -134,9 +138,8 @@ def epoch_order(args: Plan, tasks: Sequence[Task], epoch: int) -> list[tuple[Epi
     return batches[: args.max_batches or None]
 
 
-def drawn_batches(episodes: int, queries: int, batch_size: int) -> list[tuple[Drawn, ...]]:
-    """The batches of an epoch of so many drawn episodes of `queries` queries each."""
-    size = max(1, batch_size // queries)
+def drawn_batches(episodes: int, size: int) -> list[tuple[Drawn, ...]]:
+    """The batches of an epoch of so many drawn episodes, `size` in each."""
     return [tuple(map(Drawn, range(at, min(at + size, episodes)))) for at in range(0, episodes, size)]
 
 
@@ -204,7 +207,7 @@ class EpisodeData(torch.utils.data.Dataset):
     an episode are answered under the refined prompt too; the others would teach the agent nearly the same a second
     time. source: where episodes whose pairs are drawn come from, with the evidence of `passing`.
     place: of the process, which makes its share of each batch. max_cells, spare: of `collate_in_buckets` (and of
-    `pad_ids`); queries are padded to at most twice `max_cells`.
+    `pad_ids`); queries are padded to at most `DRAWN_ROOM` times `max_cells`.
     """
 
     def __init__(
@@ -277,7 +280,7 @@ class EpisodeData(torch.utils.data.Dataset):
             texts.append(self.encode(text))
             views.append(asked)
             feedback += shown
-        views = as_many_as_fit(views, 2 * self.max_cells)
+        views = as_many_as_fit(views, DRAWN_ROOM * self.max_cells)
         first_view = [sum(map(len, views[:owner])) for owner in range(len(views))]
         refined = [
             at + n for at, each in zip(first_view, views, strict=True) for n in range(len(each[: self.refined_views]))

@@ -117,6 +117,8 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
             ["--data", "generated", "--queries", "9", "--batch_size", "8", "--views", "1"],
             ["--queries 9", "--batch_size 8"],
         ),
+        (["--extra_data", "generated", "--queries", "99"], ["--queries 99", "--batch_size 32"]),
+        (["--episodes", str(10**9)], ["--episodes"]),
         # what would be written where something else is read or written
         (["--submission", "task.json"], ["--submission", "--data"]),
         (["--output_dir", "one", "--submission", "one"], ["--submission", "the folder of the run"]),

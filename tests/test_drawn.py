@@ -17,12 +17,12 @@ from arc.augment import Augmentation
 from arc.batches import PredictionData
 from arc.datasets import load_dataset
 from arc.drawn import APART, DrawnTasks, ManyPairs
-from arc.episodes import Drawn, drawn_batches, source_of
+from arc.episodes import Drawn, drawn_batches, epoch_order, source_of
 from arc.generate import BASIC, FAMILIES, generated_dataset, origin
 from arc.generate.family import is_test_input
 from arc.run.files import UserError
 from arc.tasks import Task
-from trainloop_complete_with_fixes import main
+from trainloop_complete_with_fixes import main, parse_arguments
 
 GENERATED = ("--data", "generated", "--families", "flip,crop", "--max_side", "6", "--no_evidence", "--tasks", "3")
 DRAWN = (*GENERATED, "--queries", "3", "--episodes", "6", "--batch_size", "6", "--unseen", "generated")
@@ -77,10 +77,18 @@ def test_the_number_of_a_known_task_is_its_place_among_the_training_tasks() -> N
 
 
 def test_an_epoch_has_every_episode_once() -> None:
-    batches = drawn_batches(11, 16, 64)
+    batches = drawn_batches(11, 4)
     assert [len(batch) for batch in batches] == [4, 4, 3]
     assert [one.index for batch in batches for one in batch] == list(range(11))
-    assert drawn_batches(2, 16, 1) == [(Drawn(0),), (Drawn(1),)]
+    assert drawn_batches(2, 1) == [(Drawn(0),), (Drawn(1),)]
+
+
+@pytest.mark.parametrize(("max_side", "episodes"), [("6", 16), ("20", 7), ("30", 3)])
+def test_large_grids_are_asked_as_often(max_side: str, episodes: int) -> None:
+    """In smaller batches, and only as many as will be trained on are made."""
+    flags = ("--data", "generated", "--max_side", max_side, "--max_batches", "5", "--episodes", str(2**20))
+    order = epoch_order(parse_arguments(flags)[0], (), 0)
+    assert [len(batch) for batch in order] == [episodes] * 5 and order[1][0] == Drawn(episodes)
 
 
 def test_a_batch_of_drawn_episodes(small_build: SmallBuild) -> None:
@@ -245,6 +253,17 @@ def test_extra_data_that_cannot_be_trained_on(
     assert main([*flags, "--resume", "--epochs", "2"]) == 2 and "other data" in capsys.readouterr().err
     lists.unlink()
     assert main(["--eval_only", "--resume", run, "--device", "cpu", *small_flags[-4:]]) == 0
+
+
+def test_a_trained_model_is_scored_on_other_drawn_tasks(
+    small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert small_run(tmp_path / "run", *DRAWN, "--max_batches", "1", "--val_limit", "1").code == 0
+    shape = ("--families", "outline", "--tasks", "1", "--max_side", "8", "--pairs", "2", "--batch_size", "6")
+    other = ("--data", "generated", *shape)
+    done = small_run(tmp_path / "run", "--eval_only", "--resume", *other, "--seed", "3")
+    assert done.code == 0 and "new tasks (none of them is among the tasks trained on)" in done.stdout, done.stderr
+    assert small_run(tmp_path / "run", "--resume", *other).code == 2  # else it would change the maths
 
 
 def test_nothing_that_a_validation_asks_is_trained_on(small_build: SmallBuild) -> None:
