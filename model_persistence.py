@@ -75,14 +75,22 @@ __all__ = [
 
 
 def _cannot_list(run: Path) -> str | None:
-    """Why the folder given as RUN cannot be looked into, or None."""
+    """Why the folder given as RUN is none of a run, as far as its names tell, or None."""
     try:
-        os.listdir(run)
+        if MANIFEST in os.listdir(run):
+            return f"{run} is a checkpoint: give the folder of its run, {run.absolute().parent}"
     except (FileNotFoundError, NotADirectoryError):
         return f"{run} is not a folder"
     except (OSError, ValueError) as error:  # too long a name, no permission
         return f"{str(run)[:60]!r} can't be listed: {getattr(error, 'strerror', None) or error}"
     return None
+
+
+def _folder(text: str) -> Path:
+    """An argparse type. Not empty, as a shell makes it of a variable that is not set: that would be this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return Path(text)
 
 
 def _print_inspection(infos: Sequence[CheckpointInfo]) -> None:
@@ -124,10 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("export", "write the weights of the best model to a new folder DEST"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run", metavar="RUN", type=Path, help="run folder, of runs/ or of a backup")
+        command.add_argument("run", metavar="RUN", type=_folder, help="run folder, of runs/ or of a backup")
         if name == "export":
-            command.add_argument("dest", metavar="DEST", type=Path, help="folder to create")
-            command.add_argument("--base", metavar="DIR", type=Path, help="of a LoRA run: where its base model is now")
+            command.add_argument("dest", metavar="DEST", type=_folder, help="folder to create")
+            command.add_argument(
+                "--base", metavar="DIR", type=_folder, help="of a LoRA run: where its base model is now"
+            )
     args = parser.parse_args(argv)
     if problem := _cannot_list(args.run):
         print(problem, file=sys.stderr)

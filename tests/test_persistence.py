@@ -1036,6 +1036,19 @@ def test_an_export_keeps_the_names_of_the_models(run: Path, tmp_path: Path) -> N
     assert found.keys() == {"w.Weight"} and torch.equal(found["w.Weight"], torch.arange(3.0))
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "export"])
+def test_what_is_no_folder_of_a_run_is_named(command: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint of a run, and what a shell makes of a variable that is not set."""
+    fill(run, 1)
+    dest = [str(run.parent / "out")] if command == "export" else []
+    assert main([command, str(run / "step-000000001"), *dest]) == 2
+    err = capsys.readouterr().err
+    assert err == f"{run}/step-000000001 is a checkpoint: give the folder of its run, {run}\n"
+    with pytest.raises(SystemExit) as end:
+        main([command, "", *dest])
+    assert end.value.code == 2 and "names nothing" in capsys.readouterr().err
+
+
 def test_an_export_is_not_written_over_anything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(run, 1)
     assert main(["export", str(run), str(run)]) == 2

@@ -31,6 +31,7 @@ from arc.report.gallery import (
 )
 from arc.report.records import Metrics, finite, read_flags, read_galleries, read_metrics, red_flags
 from arc.run.files import replace_file
+from arc.run.flags import path
 from arc.run.terminal import encodable
 
 if TYPE_CHECKING:
@@ -238,8 +239,8 @@ def gallery_html(folder: Path, *, limit: int = 12, which: str = "all") -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m arc.report RUN`: exit code 0, 2 with one line that says what is wrong, or 130 where interrupted."""
     parser = argparse.ArgumentParser(prog="python -m arc.report", description="write report.html into a run's folder")
-    parser.add_argument("run", type=Path, help="the run's folder")
-    folder = parser.parse_args(argv).run
+    parser.add_argument("run", type=path, help="the run's folder")
+    folder = Path(parser.parse_args(argv).run)
     try:
         print(encodable(str(write_report(folder)), sys.stdout))
     except (ValueError, OSError) as error:
