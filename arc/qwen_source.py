@@ -264,6 +264,7 @@ def load_backbone(source: Source) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"--qwen {source.name}: {len(missing)} weights are missing, {missing[0]} for one")
     model = getattr(model, "language_model", model)
+    model.config.return_dict = True  # whatever whoever saved it wanted
     if bad := [name for name, weight in model.state_dict().items() if not bool(torch.isfinite(weight).all())]:
         raise UserError(f"--qwen {source.name}: {bad[0]} holds numbers that are not finite; the model is damaged")
     return model

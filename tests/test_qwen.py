@@ -452,6 +452,12 @@ def test_of_a_vision_language_model_the_language_model_is_taken(cache: Path, qwe
     assert all(gradient.any() for gradient in gradients(model).values())
 
 
+def test_a_folder_whose_model_would_answer_in_tuples(cache: Path, qwen2: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen2, tmp_path / "qwen")
+    rewrite_json(folder / "config.json", return_dict=False)
+    assert all(gradient.any() for gradient in gradients(build(folder, cache)).values())
+
+
 @pytest.mark.parametrize("spec", ["tiny", "qwen2"])
 def test_exported_files_and_weights_make_a_loadable_folder(spec: str, cache: Path, qwen2: Path, tmp_path: Path) -> None:
     model = build(qwen2 if spec == "qwen2" else spec, cache)
