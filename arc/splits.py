@@ -80,15 +80,11 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
     A puzzle that is there twice is trained on once. One whose demonstrations show a test input of its twin is not
     trained on at all: the twin's test output would be among them.
     """
-    by_input: defaultdict[bytes, list[Task]] = defaultdict(list)
-    for task in evaluation:
-        for key in task.content_key:
-            by_input[key].append(task)
+    twins_in = twins_of(evaluation)
     chosen: list[Task] = []
     number_of: dict[str, int] = {}  # by task id
     for task in evaluation:
-        candidates = {other.id: other for key in task.content_key for other in by_input[key] if other is not task}
-        twins = [other for other in candidates.values() if same_content(task, other)]
+        twins = twins_in(task)
         earlier = [number_of[twin.id] for twin in twins if number_of.get(twin.id, NEW) != NEW]
         if earlier:
             number_of[task.id] = min(earlier)
@@ -98,6 +94,38 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
             number_of[task.id] = start + len(chosen)
             chosen.append(task)
     return tuple(chosen), tuple(number_of[task.id] for task in evaluation)
+
+
+def twins_of(tasks: Iterable[Task]) -> Callable[[Task], list[Task]]:
+    """Tells of a task which others of `tasks` are the same puzzle under another id."""
+    by_input: defaultdict[bytes, list[Task]] = defaultdict(list)
+    for task in tasks:
+        for key in task.content_key:
+            by_input[key].append(task)
+
+    def twins(task: Task) -> list[Task]:
+        candidates = {other.id: other for key in task.content_key for other in by_input[key] if other is not task}
+        return [other for other in candidates.values() if same_content(task, other)]
+
+    return twins
+
+
+def apart_from_twins(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks without those that show a test input of an earlier twin, or have one that it shows: the twin's test
+    output would be trained on. In published sets there are none, in a folder of copies that leave another pair out each
+    there are."""
+    twins = twins_of(tasks)
+    kept: dict[str, Task] = {}
+    for task in tasks:
+        earlier = [twin for twin in twins(task) if twin.id in kept]
+        if not any(_shows(task, twin) or _shows(twin, task) for twin in earlier):
+            kept[task.id] = task
+    return tuple(kept.values())
+
+
+def _shows(task: Task, other: Task) -> bool:
+    """Whether a demonstration of `task` starts from a test input of `other`."""
+    return len(_not_asked(task, _asked([other]))) < len(task.train)
 
 
 Inputs = Set[tuple[tuple[int, ...], bytes]]
@@ -170,7 +198,8 @@ def carve(tasks: Sequence[Task], *, whole: int, seed: int) -> Development:
     seen = tuple(hold_out(task, draws[task.id]) for task in rest if len(task.train) > 2)
     complete = tuple(task for task in rest if len(task.train) <= 2)
     unseen = tuple(hold_out(task, number) for task in held for number in range(len(task.train)))
-    return Development((*seen, *complete), seen, unseen, len(dropped))
+    training = apart_from_twins((*seen, *complete))
+    return Development(training, tuple(task for task in training if task.test), unseen, len(dropped))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,6 +246,24 @@ def splits_by_content(tasks: Sequence[Task], trained: Tensor) -> tuple[Split, ..
         for name, part in parts.items()
         if part
     )
+
+
+def not_known(splits: Iterable[Split], trained: Tensor, log: Callable[[str], None]) -> tuple[Split, ...]:
+    """The splits, those of tasks that were never trained on without what by content is among them: an evaluation may
+    name others as unseen than the training did. UserError if nothing is left."""
+    found: list[Split] = []
+    for split in splits:
+        parts = splits_by_content(split.tasks, trained) if split.name in ("unseen", "families") else ()
+        known = {task.id for part in parts if part.name == "known" for task in part.tasks}
+        if known:
+            log(f"{split.name.capitalize()} split: {len(known)} of {len(split.tasks)} tasks were trained on: left out")
+            kept = tuple(task for task in split.tasks if task.id not in known)
+            split = Split(split.name, kept, (NEW,) * len(kept))
+        if split.tasks:
+            found.append(split)
+    if not found:
+        raise UserError("--eval_only: all tasks of --val_splits were trained on; --data PATH scores them as known")
+    return tuple(found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,6 +328,8 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
         splits = splits_by_content(all_tasks(data), trained_on["inputs"])
     else:
         training, splits = split_tasks(args, data, log)
+        if args.eval_only and trained_on:
+            splits = not_known(splits, trained_on["inputs"], log)
     extra = () if args.eval_only or args.extra_data is None else held_apart(args, load_extra(args), splits, log)
     record = {
         "data": data.fingerprint,
@@ -355,6 +404,9 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
             "trains on their demonstration pairs, --eval_only predicts them"
         )
+    training = data.training if args.dev else apart_from_twins(data.training)
+    if fewer := len(data.training) - len(training):
+        log(f"Left out: {fewer} of {len(data.training)} tasks share test pairs with the same puzzle by another id")
     if args.dev:
         development = carve(data.training, whole=args.dev_tasks, seed=args.seed)
         log(str(development))
@@ -365,17 +417,17 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
         }
         return development.training, chosen_splits(args, splits, log)
     name = "adapted" if args.adapt else "unseen"
-    kept: tuple[Task, ...] = data.training
+    kept: tuple[Task, ...] = training
     evaluation: tuple[Task, ...] = ()
     if name in args.val_splits or args.adapt:
         own = not (data.training or drawn)
         evaluation = data.evaluation if own else load(args, args.unseen, as_evaluation=True).evaluation
         if not evaluation:
             raise UserError(f"--unseen {args.unseen}: there are no evaluation tasks in it")
-        kept, dropped = drop_duplicates(data.training, evaluation)
+        kept, dropped = drop_duplicates(training, evaluation)
         if dropped:
             log(
-                f"{name.capitalize()} split: {len(dropped)} of {len(data.training)} training tasks are also among the "
+                f"{name.capitalize()} split: {len(dropped)} of {len(training)} training tasks are also among the "
                 f"{len(evaluation)} evaluation tasks and are {'trained on once' if args.adapt else 'not trained on'}"
             )
     added, numbers = adapted_tasks(evaluation, len(kept)) if args.adapt else ((), (NEW,) * len(evaluation))

@@ -112,6 +112,28 @@ def test_twins_among_the_evaluation_tasks(data_dir: Path) -> None:
     assert adapted_tasks([], 10) == ((), ())
 
 
+@pytest.mark.parametrize("flags", [(), ("--dev", "--dev_tasks", "1")])
+def test_twins_among_the_training_tasks(
+    flags: tuple[str, ...], small_build: SmallBuild, data_dir: Path, tmp_path: Path
+) -> None:
+    """Copies of a puzzle that leave another pair out each: what one is asked no other shows."""
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    task = json.loads((data / "training" / "flip.json").read_text())
+    pairs = task["train"] + task["test"]
+    for number in range(3):
+        copy = {"train": pairs[:number] + pairs[number + 1 :], "test": [pairs[number]]}
+        (data / "training" / f"flip{number}.json").write_text(json.dumps(copy))
+    run = small_build("--data", str(data), *flags)
+    (split,) = (split for split in run.splits if split.name in ("seed", "dev_seen"))
+    copies = [task for task in run.training if task.id.startswith("flip")]
+    assert 0 < len(copies) < 4 and split.tasks == run.training[: len(split.tasks)]
+    for one in copies:
+        asked = {pair.input.tobytes() for other in copies if other is not one for pair in other.test}
+        assert not asked & {pair.input.tobytes() for pair in one.train}
+    assert run.log.folder is not None
+    assert flags or "Left out: 3 of 9 tasks" in (run.log.folder / "train.log").read_text()
+
+
 def test_evaluation_tasks_alone(small_run: SmallRun, data_dir: Path, tmp_path: Path) -> None:
     """A Kaggle test file: its demonstrations are trained on, its tasks predicted, nothing scored."""
     tasks = {file.stem: json.loads(file.read_text()) for file in (data_dir / "evaluation").glob("*.json")}

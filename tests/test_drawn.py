@@ -4,6 +4,7 @@ and that nothing a validation asks is ever among it."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,25 @@ def test_a_generators_list_of_pairs_is_drawn_from_whole(small_build: SmallBuild,
     assert len({pair.input.tobytes() for pair in drawn}) > 10
     asked = {pair.input.tobytes() for index in range(30) for pair in source.episode(0, index)[1].test}
     assert known.test[0].input.tobytes() not in asked | {pair.input.tobytes() for pair in drawn}
+
+
+def test_extra_tasks_are_not_unseen_later_either(small_run: SmallRun, data_dir: Path, tmp_path: Path) -> None:
+    """An evaluation of the trained model may name others as unseen than the training did."""
+    extra = many_pairs(tmp_path / "extra", outputs=2)
+    flags = ("--extra_data", str(extra), "--episodes", "2", "--max_batches", "1", "--val_limit", "2")
+    unseen = ("--val_splits", "unseen", "--unseen", str(data_dir))
+    assert small_run(tmp_path / "run", *flags, *unseen).code == 0
+    shutil.copytree(extra / "training", tmp_path / "both" / "evaluation")
+    pairs = [{"input": [[n, 1]], "output": [[1, n]]} for n in range(3)]
+    task = {"train": pairs[:2], "test": pairs[2:]}
+    (tmp_path / "both" / "evaluation" / "new.json").write_text(json.dumps(task))
+    asked = ("--eval_only", "--resume", "--unseen")
+    done = small_run(tmp_path / "run", *asked, str(tmp_path / "both"))
+    assert done.code == 0 and "Unseen split: 2 of 3 tasks were trained on: left out" in done.stdout, done.stderr
+    assert done.epochs[-1]["val.pairs"] == 1
+    (tmp_path / "both" / "evaluation" / "new.json").unlink()
+    none = small_run(tmp_path / "run", *asked, str(tmp_path / "both"))
+    assert none.code == 2 and "were trained on" in none.stderr and none.stderr.count("\n") == 1
 
 
 def test_extra_data_that_cannot_be_trained_on(
