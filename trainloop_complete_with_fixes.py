@@ -1157,10 +1157,12 @@ def train_and_submit(run: Run) -> int:
     """Train to the end; with --submission predict every task of the data. Returns the exit code."""
     if run.team.is_first:
         write_config(Path(run.args.output_dir or "."), saved_flags(run.args))
+    begun = run.state.step
     train(run)
     if run.persistence is not None:
         run.persistence.wait()  # what it saved last is on disk before the run is called done
-    run.log(f"Done: {run.state.step} batches, {run.state.queries} queries in {run.budget.elapsed():.1f}s")
+    ours = f"; the last {run.state.step - begun} batches" if begun else ""
+    run.log(f"Done: {run.state.step} batches, {run.state.queries} queries{ours} in {run.budget.elapsed():.1f}s")
     if not run.args.submission:
         return 0
     splits = splits_by_content(all_tasks(run.data), run.trained_on["inputs"])

@@ -39,14 +39,14 @@ def resolve_device(choice: str) -> torch.device:
     mps = torch.backends.mps.is_available()
     if choice == "auto":
         choice = "cuda" if cuda else "mps" if mps and here.size == 1 else "cpu"
-    if choice == "cuda" and cuda and here.size > 1:
-        if (cards := torch.cuda.device_count()) < here.local_size:
-            raise UserError(f"--device cuda: {here.local_size} processes on this machine, which has {cards} GPUs")
-        return torch.device("cuda", here.local_rank)
     if choice == "cuda" and cuda:
         # Batches are of many sizes: memory that grows in place is not left in pieces that none of them fits into. Read
         # at the first allocation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if here.size > 1:
+            if (cards := torch.cuda.device_count()) < here.local_size:
+                raise UserError(f"--device cuda: {here.local_size} processes on this machine, which has {cards} GPUs")
+            return torch.device("cuda", here.local_rank)
     if choice == "mps" and here.size > 1:
         raise UserError("--device mps: an Apple GPU is for one process; start it without torchrun")
     if choice == "cuda" and not cuda:

@@ -81,7 +81,8 @@ def prompt_consistency(prompts: Tensor, task: Tensor, *, reversed_sign: bool = F
     if len(prompts) < 2:
         return prompts.new_zeros(())
     unit = F.normalize(prompts.float().flatten(1), dim=-1)
-    cosine = unit @ unit.T
+    with torch.autocast(unit.device.type, enabled=False):  # in half precision 1 - cos of near ones is 0
+        cosine = unit @ unit.T
     same = task[:, None] == task[None, :]
     other = ~same
     same = same & ~torch.eye(len(task), dtype=torch.bool, device=task.device)

@@ -81,7 +81,7 @@ class TrainState:
         """Means over this epoch's batches, non-finite values left out; NaN where there is none."""
         batches = max(1.0, self.sums.get("batches", 0.0))
         means = {k: v / max(1.0, batches - self.sums.get(f"{k}.missing", 0.0)) for k, v in self.sums.items()}
-        return {**dict.fromkeys(SUMMED, math.nan), "qwen_grad": 0.0, **means}
+        return {**dict.fromkeys(SUMMED, math.nan), **means}
 
     def next_epoch(self) -> None:
         """The epoch is over, with everything that belongs to it."""
