@@ -223,8 +223,14 @@ def test_carve(tasks: list[Task], seed: int) -> None:
     assert all(not task.test for task in found.training[len(found.seen) :])
     assert not any(same_content(a, b) for a in found.training for b in found.unseen)
     trained = {task.id.rpartition("-")[0] or task.id for task in found.training}
-    assert len(trained) == len(found.training) == len(tasks) - 6 - found.dropped and not trained & held
-    assert found.dropped == len({"t4", "twin"} & held) % 2
+    twins = {"t4", "twin"}
+    apart = len(twins & trained) < 2 - len(twins & held) - found.dropped  # they hold different demonstrations out
+    assert len(trained) == len(found.training) == len(tasks) - 6 - found.dropped - apart and not trained & held
+    assert found.dropped == len(twins & held) % 2
+    asked = {task.id: {pair.input.tobytes() for pair in task.test} for task in found.seen}
+    for task in found.training:
+        others = set().union(*(inputs for name, inputs in asked.items() if name != task.id))
+        assert not others & {pair.input.tobytes() for pair in task.train}
 
 
 def test_carve_is_drawn_by_the_seed(tasks: list[Task]) -> None:
