@@ -665,14 +665,15 @@ def train_step(run: Run, batch: TrainBatch, noise: Tensor, window: int) -> Step:
         refined = run.policy.refine_prompt(prompt, feedback, noise=noise[0]).prompt if feedback else prompt
         after = agent(query, refined) if feedback else before
         voted = exact_match(voted_grid(batch.query), batch.query.target_grid)
-        passes = (
+        passes = [
             Pass(batch.query, first, fixes.hard_cells(first, batch.query, voted)),  # FIX 3
             Pass(query, after, fixes.hard_cells(after, query, voted[batch.refined])),
-        )
+        ]
         # The way back is trained on each episode's first view only: it costs a pass of its own.
         back = agent(batch.way_back, refined, reverse=True) if run.weights.reversibility else None
-        # Where nothing is refined the second pass is the first, of some of the queries: they would count twice.
-        terms = free_energy.terms(passes if feedback else passes[:1], batch.way_back, back, team.portion)
+        trained = passes if feedback else passes[:1]  # the second is the first, of some queries: they would count twice
+        shares = team.shares(len(p.query) for p in trained)
+        terms = free_energy.terms(trained, shares, batch.way_back, back, team.portion)
         tasks, prompts = team.gather(batch.task), (team.gather(prompt), team.gather(refined.float()))
         terms["prompt"] = team.once(fixes.consistency(torch.cat(prompts), tasks.repeat(2)))  # FIX 6
         efe = free_energy.combine(terms, run.weights, fixes.curriculum.get_size_loss_weight(run.state.epoch))  # FIX 4

@@ -114,19 +114,23 @@ class Pass:
 Portion = Callable[[Tensor], Tensor | float]
 
 
-def terms(passes: Sequence[Pass], asked: QueryBatch, back: AgentOutput | None, portion: Portion) -> dict[str, Tensor]:
-    """All terms but that of the prompts, averaged over the passes (before and after; one where nothing is refined): the
-    agent is trained on both, otherwise "before" would be an untrained straw man and the reward would prove nothing.
+def terms(
+    passes: Sequence[Pass], shares: Sequence[float], asked: QueryBatch, back: AgentOutput | None, portion: Portion
+) -> dict[str, Tensor]:
+    """All terms but that of the prompts, over the passes (before and after; one where nothing is refined): the agent is
+    trained on both, otherwise "before" would be an untrained straw man and the reward would prove nothing. shares: of
+    the passes in a term, those of their queries, so that every prediction counts alike: "after" is made of few queries,
+    and with half of the loss on these the agent would learn less from the others than one without a policy does.
     back: the agent's output for the queries `asked` the way back; None where it weighs nothing. portion: what means
     over the grids, cells or queries here contribute to those over the whole batch (`arc.parallel.Team`)."""
     found: dict[str, list[Tensor]] = {"risk": [], "ambiguity": [], "size": []}
-    for p in passes:
+    for p, share in zip(passes, shares, strict=True):
         logits, target, queries = p.output.colour_logits, p.query.target, p.weights.grid.new_tensor(len(p.query))
-        of_cells = portion((target >= 0).sum())
-        found["risk"].append(risk(logits, target, p.weights.cell, p.weights.grid) * portion(p.weights.grid.sum()))
-        found["ambiguity"].append(ambiguity(logits[-1], target) * of_cells)
-        found["size"].append(size_loss(p.output.size_logits, p.query.target_size) * portion(queries))
-    means = {name: torch.stack(values).mean() for name, values in found.items()}
+        of_grids, of_cells = portion(p.weights.grid.sum()), portion((target >= 0).sum())
+        found["risk"].append(risk(logits, target, p.weights.cell, p.weights.grid) * of_grids * share)
+        found["ambiguity"].append(ambiguity(logits[-1], target) * of_cells * share)
+        found["size"].append(size_loss(p.output.size_logits, p.query.target_size) * portion(queries) * share)
+    means = {name: torch.stack(values).sum() for name, values in found.items()}
     if back is None:
         return {**means, "reversibility": torch.zeros_like(means["risk"])}
     wanted = (asked.target >= 0).float()

@@ -148,6 +148,11 @@ class Team:
         weight = torch.as_tensor(own, dtype=torch.float32)
         return weight / self.total(weight).clamp(min=1e-30) * self.takes_part
 
+    def shares(self, counts: Iterable[int]) -> list[float]:
+        """What each of these counts is of them all together, over all processes."""
+        totals = self.total(torch.tensor(list(counts), dtype=torch.float32))
+        return (totals / totals.sum()).tolist()
+
     def mean(self, values: Tensor) -> Tensor:
         """This process's part of the mean of values (n,) over all processes: () to be added up."""
         mean = values.float().mean()

@@ -12,6 +12,7 @@ import torch
 from conftest import Outcome, SmallBuild, SmallRun, train_batches
 from helpers import FAST, differences, load, offer, timeless
 
+from arc.agent import AgentOutput
 from arc.batches import QueryBatch
 from arc.datasets import load_dataset
 from arc.efe import size_loss
@@ -71,6 +72,27 @@ def test_without_the_policy_every_query_counts_alike(small_build: SmallBuild) ->
         output = run.agent(batch.query, read_prompt(run, batch)[0])
     expected = size_loss(output.size_logits, batch.query.target_size)
     assert float(measured["efe.size"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_with_the_policy_every_prediction_counts_alike(small_build: SmallBuild) -> None:
+    """Those after refinement, of some of the queries, beside those before, of all."""
+    run = small_build("--views", "3", "--refined_views", "1")
+    (batch,) = train_batches(run, 1)
+    torch.nn.init.normal_(run.agent.size_head.weight)
+    noise = torch.zeros(run.args.policy_samples, len(batch.task), run.policy.log_std.numel())
+    losses: list[tuple[torch.Tensor, float]] = []  # of the sizes, of each pass, by its targets
+
+    def look(_: torch.nn.Module, inputs: tuple[QueryBatch, torch.Tensor], output: AgentOutput) -> None:
+        losses.append((inputs[0].target, float(size_loss(output.size_logits.detach(), inputs[0].target_size))))
+
+    hook = run.agent.register_forward_hook(look)
+    measured = train_step(run, batch, noise, 1).measured
+    hook.remove()
+    targets = (batch.query.target, batch.query.target[batch.refined])
+    (before,), (after,) = ([loss for target, loss in losses if torch.equal(target, each)] for each in targets)
+    every, few = map(len, targets)
+    assert before != after and 0 < few < every
+    assert float(measured["efe.size"]) == pytest.approx((every * before + few * after) / (every + few), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -194,14 +194,15 @@ def test_the_terms_are_means_over_the_passes_each_by_its_share() -> None:
         for grid in (torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.25]))
     ]
     back = output(asked)
-    found = terms(passes, asked, back, lambda count: torch.as_tensor(count) / 10)
+    shares = (0.75, 0.25)
+    found = terms(passes, shares, asked, back, lambda count: torch.as_tensor(count) / 10)
     wanted: dict[str, float] = dict.fromkeys(("risk", "ambiguity", "size"), 0.0)
-    for one in passes:
+    for one, share in zip(passes, shares, strict=True):
         colours, target, weights = one.output.colour_logits, queries.target, one.weights
-        share = float(weights.grid.sum()) / 10
-        wanted["risk"] += float(risk(colours, target, weights.cell, weights.grid)) * share / 2
-        wanted["ambiguity"] += float(ambiguity(colours[-1], target)) * 5 / 10 / 2  # five cells, three of them black
-        wanted["size"] += float(size_loss(one.output.size_logits, queries.target_size)) * 2 / 10 / 2
+        of_grids = float(weights.grid.sum()) / 10
+        wanted["risk"] += float(risk(colours, target, weights.cell, weights.grid)) * of_grids * share
+        wanted["ambiguity"] += float(ambiguity(colours[-1], target)) * 5 / 10 * share  # five cells, three of them black
+        wanted["size"] += float(size_loss(one.output.size_logits, queries.target_size)) * 2 / 10 * share
     ones = torch.ones(asked.target.shape)
     wanted["reversibility"] = float(risk(back.colour_logits, asked.target, ones)) / 10
     assert {name: float(value) for name, value in found.items()} == pytest.approx(wanted, rel=1e-5)
