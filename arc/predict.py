@@ -302,7 +302,7 @@ class Predictor:
     precision: Precision
     device: torch.device
     log: RunLog
-    check: Callable[[], None]  # called before each batch; raises Interrupted to end it all
+    check: Callable[[], None]  # called before each batch and trial; raises Interrupted to end it all
 
     def split(self, split: Split, deadline: float = math.inf) -> list[PairPrediction]:
         """Predict every test pair of the split's tasks. With a deadline *anytime*: the evidence's answer for every pair
@@ -310,7 +310,9 @@ class Predictor:
         args, tasks, views = self.args, split.tasks, evaluation_views(self.args.val_views)
         spare, asked = spare_tokens(self.device), args.feedback_pairs
         data = PredictionData(tasks, self.store, self.encode, views=views, feedback_pairs=asked, spare=spare)
-        order = prediction_order(tasks, views=len(views), max_cells=4 * args.max_cells)
+        # Larger batches are faster, but the clock is only looked at before each.
+        room = args.max_cells if math.isfinite(deadline) else 4 * args.max_cells
+        order = prediction_order(tasks, views=len(views), max_cells=room)
         predict = functools.partial(self.batch, torch.tensor(split.numbers), {})
         if not math.isfinite(deadline):
             return predict_tasks(tasks, self.load(data, order, f"predicting {split.name}"), predict, self.store)
@@ -364,6 +366,7 @@ class Predictor:
 
     def judge(self, prompt: Tensor, pairs: Sequence[QueryBatch]) -> Tensor:
         """(P,) the agent's losses under prompt (P, K, D) on the pairs."""
+        self.check()  # a batch with many prompts to try takes half a minute on a CPU
         return pairs_loss(self.agent, prompt, pairs)
 
     def beats_evidence(self, prompt: Tensor, trial: Sequence[QueryBatch]) -> Tensor:

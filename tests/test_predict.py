@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SmallBuild
+from conftest import SmallBuild, train_batches
+from helpers import offer
 
 from arc.augment import evaluation_views
 from arc.batches import PredictionBatch, PredictionData, QueryBatch
@@ -16,6 +17,7 @@ from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
 from arc.predict import BatchPrediction, PairPrediction, predict_tasks, prediction_cost
 from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS
+from arc.run.interrupt import Interrupted
 from arc.tasks import Grid, Pair, Task
 from trainloop_complete_with_fixes import predictor, read_prompt
 
@@ -174,3 +176,21 @@ def test_trying_what_the_memory_recalls_and_further_steps_are_reckoned_with(smal
     refining = FEEDBACK_VIEWS * first
     assert cells(recall=0, no_policy=True) == pytest.approx(without - refining)
     assert cells(recall=1, no_policy=True) == pytest.approx(without - refining + CHOICE_VIEWS * 2 * demonstrations)
+
+
+def test_a_signal_is_obeyed_between_the_prompts_that_are_tried(small_build: SmallBuild) -> None:
+    """One batch may have half a minute of them."""
+    run, calls = small_build("--recall", "2", "--val_limit", "1"), iter(range(9))
+    (batch,) = train_batches(run, 1)
+    with torch.no_grad():
+        prompt, key = read_prompt(run, batch)
+    for number in range(2):
+        assert offer(run.memory, key[0], prompt[0] + number, 1000 + number, 1.0, 0.5, step=0)
+
+    def check() -> None:
+        if next(calls) == 2:  # the batch itself, then two trials
+            raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        dataclasses.replace(predictor(run), check=check).split(run.splits[0])
+    assert next(calls) == 3 and len(run.splits[0].tasks) == 1
