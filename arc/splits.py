@@ -404,7 +404,7 @@ def split_tasks(args: Choice, data: DataSet, log: Callable[[str], None]) -> tupl
             f"--data {args.data}: no training tasks in it, only {len(data.evaluation)} evaluation tasks; --adapt "
             "trains on their demonstration pairs, --eval_only predicts them"
         )
-    training = data.training if args.dev else apart_from_twins(data.training)
+    training = data.training if args.dev or drawn else apart_from_twins(data.training)
     if fewer := len(data.training) - len(training):
         log(f"Left out: {fewer} of {len(data.training)} tasks share test pairs with the same puzzle by another id")
     if args.dev:
