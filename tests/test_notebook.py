@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -210,7 +211,8 @@ def test_stop_saves_and_the_next_cell_runs(way: str, workers: int, kernel: Kerne
     flags = f"{kernel.flags} --workers {workers} --output_dir {run} {shlex.join(ENDLESS)}"
     stopped = kernel(as_cell(way, flags), stop_at="[Batch    2]")
     assert (stopped.status, stopped.error, stopped.result) == ("ok", "", "130" if way == "main" else ""), stopped
-    assert stopped.out.splitlines()[-1].startswith("Saved at epoch 0, batch ") and "Traceback" not in stopped.err
+    # What a cell prints is seen later, on a busy machine in the next epoch.
+    assert re.match(r"Saved at epoch \d+, batch \d+; ", stopped.out.splitlines()[-1]) and "Traceback" not in stopped.err
     step = load(tmp_path / "run").step
     assert step >= 2
     assert kernel(LEFT_BEHIND).result == "([], True, True, [])"
