@@ -21,7 +21,7 @@ from arc.datasets import BUILT_IN_SETS, load_dataset
 from arc.generate import GENERATED, UNSEEN_FAMILY, UNSEEN_TASK, generated_dataset
 from arc.run.files import UserError
 from arc.run.flags import comma_separated
-from arc.tasks import DataSet, Pair, Task, drop_duplicates, same_content
+from arc.tasks import DataSet, Pair, Task, drop_duplicates, twins_of
 
 # The number of a task that is none of the training tasks: no latent is its own.
 NEW = -2
@@ -88,26 +88,12 @@ def adapted_tasks(evaluation: Sequence[Task], start: int) -> tuple[tuple[Task, .
         earlier = [number_of[twin.id] for twin in twins if number_of.get(twin.id, NEW) != NEW]
         if earlier:
             number_of[task.id] = min(earlier)
-        elif len(_not_asked(task, _asked(twins))) < len(task.train):
+        elif _shows(task, twins):
             number_of[task.id] = NEW
         else:
             number_of[task.id] = start + len(chosen)
             chosen.append(task)
     return tuple(chosen), tuple(number_of[task.id] for task in evaluation)
-
-
-def twins_of(tasks: Iterable[Task]) -> Callable[[Task], list[Task]]:
-    """Tells of a task which others of `tasks` are the same puzzle under another id."""
-    by_input: defaultdict[bytes, list[Task]] = defaultdict(list)
-    for task in tasks:
-        for key in task.content_key:
-            by_input[key].append(task)
-
-    def twins(task: Task) -> list[Task]:
-        candidates = {other.id: other for key in task.content_key for other in by_input[key] if other is not task}
-        return [other for other in candidates.values() if same_content(task, other)]
-
-    return twins
 
 
 def apart_from_twins(tasks: Sequence[Task]) -> tuple[Task, ...]:
@@ -118,14 +104,14 @@ def apart_from_twins(tasks: Sequence[Task]) -> tuple[Task, ...]:
     kept: dict[str, Task] = {}
     for task in tasks:
         earlier = [twin for twin in twins(task) if twin.id in kept]
-        if not any(_shows(task, twin) or _shows(twin, task) for twin in earlier):
+        if not (_shows(task, earlier) or any(_shows(twin, [task]) for twin in earlier)):
             kept[task.id] = task
     return tuple(kept.values())
 
 
-def _shows(task: Task, other: Task) -> bool:
-    """Whether a demonstration of `task` starts from a test input of `other`."""
-    return len(_not_asked(task, _asked([other]))) < len(task.train)
+def _shows(task: Task, others: Iterable[Task]) -> bool:
+    """Whether a demonstration of `task` starts from a test input of one of `others`."""
+    return len(_not_asked(task, _asked(others))) < len(task.train)
 
 
 Inputs = Set[tuple[tuple[int, ...], bytes]]

@@ -6,7 +6,8 @@ No torch here, nor in arc/datasets.py, arc/augment.py and arc/evaluate.py: what 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,19 +137,26 @@ def same_content(a: Task, b: Task) -> bool:
     return 2 * shared > min(len(a.content_key), len(b.content_key))
 
 
+def twins_of(tasks: Iterable[Task]) -> Callable[[Task], list[Task]]:
+    """Tells of a task which others of `tasks` are the same puzzle."""
+    by_input: defaultdict[bytes, list[Task]] = defaultdict(list)
+    for task in tasks:
+        for key in task.content_key:
+            by_input[key].append(task)
+
+    def twins(task: Task) -> list[Task]:
+        candidates = {other.id: other for key in task.content_key for other in by_input[key] if other is not task}
+        return [other for other in candidates.values() if same_content(task, other)]
+
+    return twins
+
+
 def drop_duplicates(training: Iterable[Task], held_out: Iterable[Task]) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
     """Split `training` into (kept, dropped): dropped tasks share their id or their content with a held-out task."""
     held_out = tuple(held_out)
-    held_ids = {task.id for task in held_out}
-    by_input: dict[bytes, list[Task]] = {}
-    for task in held_out:
-        for key in task.content_key:
-            by_input.setdefault(key, []).append(task)
-
+    held_ids, twins = {task.id for task in held_out}, twins_of(held_out)
     kept: list[Task] = []
     dropped: list[Task] = []
     for task in training:
-        candidates = (other for key in task.content_key for other in by_input.get(key, ()))
-        duplicate = task.id in held_ids or any(same_content(task, other) for other in candidates)
-        (dropped if duplicate else kept).append(task)
+        (dropped if task.id in held_ids or twins(task) else kept).append(task)
     return tuple(kept), tuple(dropped)
