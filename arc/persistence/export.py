@@ -50,15 +50,12 @@ def export_best(
         with _usable(checkpoint.path.name), removed_on_error(tmp):
             texts, recipes = _export_texts(checkpoint), _lora_recipes(checkpoint)
             trained = checkpoint.state.get("model", {})
-            average = checkpoint.state.get("optim", {}).get("average") or {"names": {}}
-            if "names" not in average:  # it cannot be told which average is which weight's
-                log(f"{checkpoint.path.name} is of an older version: the weights as they train, not the averaged ones")
-                average = {"names": {}}
+            averages = _averages(checkpoint, log)
             for entry in [*trained, *sorted({name.partition("/")[0] for name in checkpoint.frozen} - trained.keys())]:
                 folder = tmp / _safe_name(entry)
                 folder.mkdir(parents=True)
                 raw = dict(_flat_tensors(trained.get(entry), ""))
-                tensors = {**_frozen_of(entry, checkpoint), **raw, **_averages_of(entry, average)}
+                tensors = {**_frozen_of(entry, checkpoint), **raw, **averages.get(entry, {})}
                 if entry in recipes:
                     tensors = _merged(tensors, recipes[entry], base)
                 write_file(folder / "model.safetensors", stream(image_of(tensors, {"format": "pt"})))
@@ -98,9 +95,13 @@ def _frozen_of(entry: str, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: t for name, t in checkpoint.frozen.items() if name.startswith(prefix)}
 
 
-def _averages_of(entry: str, average: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The averaged weights of an entry by the names of its raw ones."""
-    return {key: average["average"][name] for key, name in average["names"].get(entry, {}).items()}
+def _averages(checkpoint: Checkpoint, log: Callable[[str], None]) -> dict[str, dict[str, torch.Tensor]]:
+    """The averaged weights by entry, and by the names of the raw ones there."""
+    found = checkpoint.state.get("optim", {}).get("average") or {"names": {}}
+    if "names" not in found:  # it cannot be told which average is which weight's
+        log(f"{checkpoint.path.name} is of an older version: the weights as they train, not the averaged ones")
+    names = found.get("names", {}).items()
+    return {entry: {key: found["average"][name] for key, name in each.items()} for entry, each in names}
 
 
 def _flat_tensors(tree: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
