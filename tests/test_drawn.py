@@ -275,9 +275,7 @@ def test_extra_data_that_cannot_be_trained_on(
     assert main(["--eval_only", "--resume", run, "--device", "cpu", *small_flags[-4:]]) == 0
 
 
-def test_a_trained_model_is_scored_on_other_drawn_tasks(
-    small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trained_model_is_scored_on_other_drawn_tasks(small_run: SmallRun, tmp_path: Path) -> None:
     assert small_run(tmp_path / "run", *DRAWN, "--max_batches", "1", "--val_limit", "1").code == 0
     shape = ("--families", "outline", "--tasks", "1", "--max_side", "8", "--pairs", "2", "--batch_size", "6")
     other = ("--data", "generated", *shape)

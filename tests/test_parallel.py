@@ -253,11 +253,8 @@ def assert_close_runs(a: Path, b: Path) -> None:
 
 def test_a_run_of_two_processes_is_that_of_one(trained: Trained) -> None:
     """The same metrics, and predictions of every test pair, each made by one of them."""
-    assert (
-        trained.codes[0]
-        == trained.codes[1]
-        == [0] * len(STEPS) + [0, 143, 0, 0, 143] + [0, 143, 0, 0, 0, 0, 0, 143, 143, 0]
-    )
+    codes = [0] * len(STEPS) + [0, 143, 0, 0, 143] + [0, 143, 0, 0, 0, 0, 0, 143, 143, 0]
+    assert trained.codes[0] == trained.codes[1] == codes
     assert_close_runs(trained.one / "run", trained.two / "run")
     texts = [(folder / "run" / "predictions-seed.json").read_text() for folder in (trained.one, trained.two)]
     assert strict_json(texts[0]).keys() == strict_json(texts[1]).keys()
