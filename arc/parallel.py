@@ -156,13 +156,13 @@ class Team:
     def mean(self, values: Tensor) -> Tensor:
         """This process's part of the mean of values (n,) over all processes: () to be added up."""
         mean = values.float().mean()
-        return mean if self.alone else mean * self.portion(torch.tensor(len(values), device=values.device))
+        return mean if self.alone else mean * self.portion(len(values))
 
     def once(self, value: Tensor) -> Tensor:
         """() that every process computes from the same `gather`ed rows, for a sum over the processes: its value is
         divided among them, its gradient is not, since each has only that of its own rows."""
         sharing = min(self.place.size, self.episodes)
-        return value if sharing == 1 else (value - value.detach() * (1 - 1 / sharing)) * self.takes_part
+        return value if self.alone else (value - value.detach() * (1 - 1 / sharing)) * self.takes_part
 
     def gather(self, own: Tensor) -> Tensor:
         """Rows (n, ...) of this process's episodes -> those of all (N, ...), in the batch's order. Gradient flows

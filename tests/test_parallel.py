@@ -84,6 +84,20 @@ def test_every_episode_is_one_processs(count: int, size: int) -> None:
     assert all(share_of(items, here) for here in places)
 
 
+@given(st.integers(1, 9), st.integers(2, 6))
+def test_what_all_compute_counts_once_and_its_gradient_with_each_that_takes_part(episodes: int, size: int) -> None:
+    value, parts, gradients = 3.0, [], []
+    for rank in range(size):
+        team, own = Team(Place(rank, size)), torch.tensor(value, requires_grad=True)
+        team.begin(episodes)
+        part = team.once(own)
+        part.backward()
+        parts.append(part.item())
+        gradients.append(float(own.grad or 0))
+    assert sum(parts) == pytest.approx(value)
+    assert sorted(gradients) == [0.0] * max(0, size - episodes) + [1.0] * min(size, episodes)
+
+
 def test_too_few_gpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
