@@ -324,5 +324,6 @@ def sampled_objective(
 
 def mean_per_owner(values: Tensor, owner: Tensor, groups: int) -> Tensor:
     """(B,) values of queries -> (G,) means of each episode's."""
-    total = torch.zeros(groups, device=values.device).index_add(0, owner, values.float())
-    return total / torch.bincount(owner, minlength=groups).clamp(min=1)
+    nothing = torch.zeros(groups, device=values.device)
+    total, count = (nothing.index_add(0, owner, each) for each in (values.float(), torch.ones_like(values).float()))
+    return total / count.clamp(min=1)

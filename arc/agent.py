@@ -14,6 +14,7 @@ symmetry of the square, displaced by as much as the prompt says.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,10 +126,15 @@ def there_and_back(
 def voted_grid(query: QueryBatch) -> Tensor:
     """(B, 30, 30) int64, -1 outside: the evidence's training-free answer, `QueryEvidence.vote` for a whole batch."""
     sayings = Sayings.of(query.codes[..., query.tables])
-    by_class = torch.log(torch.from_numpy(CLASS_WEIGHTS[1:]).to(query.vote_weight.device) + 1e-12)
+    by_class = _log_class_weights(query.vote_weight.device)
     trusted = mixture.trust(torch.log(query.vote_weight[:, query.tables] + 1e-12), by_class, sayings)
     answer = AgentOutput([mixture.vote(trusted, sayings)], torch.empty(0))
     return answer.predicted_grid(query, size=query.out_size)
+
+
+@functools.cache
+def _log_class_weights(device: torch.device) -> Tensor:
+    return torch.log(torch.from_numpy(CLASS_WEIGHTS[1:]).to(device) + 1e-12)
 
 
 def one_hot(index: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -354,7 +360,7 @@ class GridAgent(nn.Module):
             mask = torch.zeros_like(query.valid, dtype=torch.float32).masked_fill(~query.valid, -1e4)[:, None, None]
         logits: list[Tensor] = []
         x = token if places.turns is None else token.float()
-        for _ in range(self.passes):
+        for step in range(1, self.passes + 1):
             for block in self.blocks:
                 x, looked_at = block(x, condition, places, mask, copied)
             normed = F.rms_norm(x, x.shape[-1:]) if places.turns is None else fused.Unit.apply(x)
@@ -367,7 +373,8 @@ class GridAgent(nn.Module):
             found = torch.cat((copied, finding), -1)  # (B, L, 10 + FINDINGS)
             own = own + self.head.bias + copying[..., None] * copied + found @ paints
             logits.append(own + (1 + sharpness)[..., None] * torch.log(mixed + MIXTURE_FLOOR))
-            x = x + self.read_back(logits[-1].softmax(-1))
+            if step < self.passes:
+                x = x + self.read_back(logits[-1].softmax(-1))
         return AgentOutput(logits, self.size_logits(query, condition, normed))
 
     def reads(self, tables: slice, *, held: bool) -> Tensor:

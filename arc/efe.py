@@ -111,7 +111,7 @@ class Pass:
     weights: Weights
 
 
-Portion = Callable[[Tensor], Tensor | float]
+Portion = Callable[[Tensor | float], Tensor | float]
 
 
 def terms(
@@ -125,16 +125,16 @@ def terms(
     over the grids, cells or queries here contribute to those over the whole batch (`arc.parallel.Team`)."""
     found: dict[str, list[Tensor]] = {"risk": [], "ambiguity": [], "size": []}
     for p, share in zip(passes, shares, strict=True):
-        logits, target, queries = p.output.colour_logits, p.query.target, p.weights.grid.new_tensor(len(p.query))
+        logits, target = p.output.colour_logits, p.query.target
         of_grids, of_cells = portion(p.weights.grid.sum()), portion((target >= 0).sum())
         found["risk"].append(risk(logits, target, p.weights.cell, p.weights.grid) * of_grids * share)
         found["ambiguity"].append(ambiguity(logits[-1], target) * of_cells * share)
-        found["size"].append(size_loss(p.output.size_logits, p.query.target_size) * portion(queries) * share)
+        found["size"].append(size_loss(p.output.size_logits, p.query.target_size) * portion(len(p.query)) * share)
     means = {name: torch.stack(values).sum() for name, values in found.items()}
     if back is None:
         return {**means, "reversibility": torch.zeros_like(means["risk"])}
     wanted = (asked.target >= 0).float()
-    reverse = risk(back.colour_logits, asked.target, wanted) * portion(wanted.new_tensor(len(asked)))
+    reverse = risk(back.colour_logits, asked.target, wanted) * portion(len(asked))
     return {**means, "reversibility": reverse}
 
 
