@@ -104,8 +104,9 @@ class TensorBundle:
         return type(self)(**{field.name: apply(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
     def to(self, device: torch.device) -> Self:
-        """Copy on `device`; asynchronous from pinned memory."""
-        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy on `device`; asynchronous on CUDA, from pinned memory."""
+        # On CUDA alone: elsewhere what is copied may be given back before it has been read (pytorch issue 139550).
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> Self:
         """Copy in page-locked memory."""
