@@ -51,7 +51,7 @@ class DrawnTasks:
         """See `Source`."""
         count, alone = self.pairs + self.queries, APART + _number(epoch, index)
         if self.tasks == 0:
-            fresh = generate.FreshTasks(self.families, self.pairs, self.max_side, self.seed)
+            fresh = generate.FreshTasks(self.families, self.seed)
             number, (family, place), first = alone, fresh.place(epoch, index), 0
         else:
             number = _turn(self.seed, epoch, index, len(self.families) * self.tasks)
@@ -82,7 +82,7 @@ class ManyPairs:
         order = rng.permutation(len(task.train))
         shown = min(self.pairs, max(1, len(order) - 1))
         read, asked = ([task.train[n] for n in part] for part in (order[:shown], order[shown : shown + self.queries]))
-        drawn = Task(task.id, tuple(read), tuple(asked or read))
+        drawn = Task(task.id, tuple(read), tuple(asked))
         if self.augment != "none" and index % 2 == 0:
             return APART + _number(epoch, index), sample_augmentation(self.seed, epoch, index, self.augment).apply_task(
                 drawn

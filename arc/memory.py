@@ -1,4 +1,4 @@
-"""Memory bank: refined prompts that solved their task, found again by the likeness of tasks."""
+"""Memory bank: refined prompts of episodes that were solved, or partly, found again by the likeness of tasks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Offers:
 
 class MemoryBank(nn.Module):
     """At most `capacity` entries, one (the best) for each task; key: Qwen's embedding of the task's context, value: the
-    refined prompt (K, D).
+    refined prompt (K, D). Its accuracy is the share of the episode's queries that were right: under this prompt those
+    that were refined, under the one it was made from the others, as in training no more is known.
 
     What is stored is tried on the demonstrations of a task whose test pairs are predicted, beside the prompt that Qwen
     reads from them. Mixed into prompts, by a learned share and in training too, it was worth nothing

@@ -70,7 +70,9 @@ def opening_lines(run: Opening, checkpoint_bytes: int, *, events: bool) -> Seque
     episodes = sum(len(task.train) for task in run.training)
     trained = f", {len(run.training)} training tasks, {episodes} episodes x {args.views} views" if episodes else ""
     drawn = f"{args.episodes} episodes an epoch x up to {args.queries} fresh queries"
-    if args.data == GENERATED:
+    if args.eval_only:
+        trained = ""
+    elif args.data == GENERATED:
         trained = f", {len(run.training) or 'fresh'} training tasks, {drawn}"
     elif args.extra_data:
         trained += f"; extra: {args.extra_data}, {drawn}, never validated"

@@ -34,7 +34,7 @@ LABELS = {
     "families": "families split (tasks of families never trained on)",
     "dev_unseen": "dev_unseen split (demonstrations of tasks held out whole)",
     "dev_seen": "dev_seen split (a held-out demonstration of each training task)",
-    "new": "new tasks (none of them is among the tasks trained on)",
+    "new": "new tasks (told by their inputs, none of them was trained on)",
     "known": "known tasks (the same puzzle, told by its inputs, was trained on)",
 }
 

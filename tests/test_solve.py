@@ -126,7 +126,7 @@ def test_arckits_scorer_gives_the_same_score(
     assert f"{right} of {len(pairs)} with a given solution right, {whole} tasks whole\n" in outcome.stdout
     row = outcome.epochs[-1]
     assert (row["val.new.pairs"], row["val.new.pass2"]) == (len(pairs), pytest.approx(right / len(pairs)))
-    assert "new tasks (none of them is among the tasks trained on): pass@1" in outcome.stdout
+    assert "new tasks (told by their inputs, none of them was trained on): pass@1" in outcome.stdout
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -158,19 +158,8 @@ class FreshTasks:
     """
 
     families: tuple[str, ...]
-    pairs: int
-    max_side: int
     seed: int
-    tests: int = 1
     unseen: int = UNSEEN
-
-    def __post_init__(self) -> None:
-        _check(self.seed, self.families, self.max_side, pairs=self.pairs, tests=self.tests, unseen=self.unseen)
-
-    def task(self, epoch: int, index: int) -> Task:
-        """The task itself, with its own demonstrations and test pairs."""
-        name, number = self.place(epoch, index)
-        return task(self.seed, name, number, pairs=self.pairs, tests=self.tests, max_side=self.max_side)
 
     def place(self, epoch: int, index: int) -> tuple[str, int]:
         """Family and index of the task."""
