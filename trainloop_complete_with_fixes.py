@@ -249,7 +249,7 @@ class Flags:
 
     amp: str = flag(FIX_7, "auto", "mixed precision", ("auto", "bf16", "fp16", "off"), MODEL)
     grad_clip: float = flag(FIX_7, 1.0, "largest gradient norm of each group; 0: none", real(0))
-    grad_accum: int = flag(FIX_7, 1, "batches for one optimizer step", whole(1))
+    grad_accum: int = flag(FIX_7, 1, "batches for one optimizer step, each of which counts alike", whole(1))
     # fmt: on
 
 
@@ -327,21 +327,23 @@ def efe_alone(efe_total: Tensor, reward_objective: Tensor) -> Tensor:
     return efe_total
 
 
-def hard_cell_mask(predicted: Tensor, target: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def hard_cell_mask(predicted: Tensor, target: Tensor, cells: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """FIX 3: weight of each cell in the loss, so that wrong cells carry it.
 
-    predicted, target (B, L): colours, negative where there is none. Weight 1 where the prediction is wrong (a target
-    cell outside the predicted grid is wrong), `floor` where it is right: never zero by default, or right cells would
-    drift. The loss divides by the sum of weights, so with floor 0 and 2 wrong cells of 9 each wrong cell weighs 1/2
-    instead of 1/9: 4.5 times. Where no cell is wrong all weights are equal and the loss is the plain mean, with floor
-    0 too. Returns (weights (B, L) float, mask_ratio (B,): share of target cells here that are wrong).
+    predicted, target (B, L): colours, negative where there is none; cells (B,): of the whole target, of which the
+    canvas may leave some out. Weight 1 where the prediction is wrong (a target cell outside the predicted grid is
+    wrong), `floor` where it is right: never zero by default, or right cells would drift. The loss divides by the sum of
+    weights, so with floor 0 and 2 wrong cells of 9 each wrong cell weighs 1/2 instead of 1/9: 4.5 times. Where no cell
+    is wrong all weights are equal and the loss is the plain mean, with floor 0 too. Returns (weights (B, L) float,
+    mask_ratio (B,): share of target cells that are wrong, those beyond the canvas too).
     """
     wanted = target >= 0
     wrong = (predicted != target) & wanted
     weights = torch.where(wrong, 1.0, floor) * wanted
     any_wrong = wrong.any(1, keepdim=True)
     weights = torch.where(any_wrong, weights, wanted.float())
-    return weights, wrong.sum(1) / wanted.sum(1).clamp(min=1)
+    right = (wanted & ~wrong).sum(1)
+    return weights, (cells - right) / cells.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -361,7 +363,8 @@ class HardCells:
 
     def __call__(self, output: AgentOutput, query: QueryBatch, vote_right: Tensor) -> Weights:
         """vote_right (B,) bool: the evidence's vote solves the query."""
-        cell, ratio = hard_cell_mask(output.predicted_colours(query), query.target, self.floor)
+        cells = query.target_size.prod(1)
+        cell, ratio = hard_cell_mask(output.predicted_colours(query), query.target, cells, self.floor)
         return Weights(cell, (1 - ratio) ** self.focus * (1 + self.keep * vote_right), ratio)
 
 
@@ -728,7 +731,7 @@ def reward_with_gradient(
     if run.args.policy_objective == "rloo":
         with run.precision.autocast(run.device):
             sampled = sampled_objective(run.policy, run.agent, query, prompt, feedback, hard_before, noise)
-        return sampled * run.team.portion(sampled.new_tensor(len(prompt)))
+        return sampled * run.team.portion(len(prompt))
     before, after = (SoftPrediction(**output.soft(query)) for output in outputs)
     return run.team.mean(expected_reward(before, after, query.target_grid))
 
@@ -753,7 +756,8 @@ def update(run: Run, steps: Sequence[Step], batches: int) -> list[dict[str, Any]
     run.optimizer.zero_grad()
     if run.average is not None and finite:
         run.average.update()
-    shared = {"qwen_grad": found["qwen_grad"], "agent_grad": found["agent"], "policy_grad": found["policy"]}
+    shared = {"qwen_grad": found["qwen_grad"], "qwen_missing": int(monitored["missing"])}
+    shared |= {"agent_grad": found["agent"], "policy_grad": found["policy"]}
     shared |= {"skipped_steps": state.skipped_steps, **{f"lr.{name}": rate for name, rate in rates.items()}}
     return [{**row, **shared} for row in run.team.sums(rows)]
 
@@ -804,7 +808,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
     preparing = log.bar(
         total=len(unprepared), desc="evidence prepared", unit="task", disable=args.quiet or not len(unprepared)
     )
-    last_saved, began, in_time = state.step, 0.0, True
+    last_saved, ready, began, in_time = state.step, time.monotonic(), 0.0, True
     steps: list[Step] = []
     with bar, preparing:
         for fetched in batches_of(loader):  # starts at state.batch: a resumed run enters in mid-epoch
@@ -821,7 +825,8 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             if len(steps) < window:
                 continue
             rows = update(run, steps, count)  # a batch counts when its optimizer step is done
-            run.records.add(rows, (time.monotonic() - began) / len(steps))
+            now = time.monotonic()
+            run.records.add(rows, (now - ready) / len(steps), (now - began) / len(steps))
             bar.update(len(steps))
             speed, loss = rows[-1]["samples_per_s"], rows[-1]["loss"]
             bar.set_postfix_str(f"{speed:.0f} samples/s, loss {loss:.3f}", refresh=False)
@@ -837,6 +842,7 @@ def train_epoch(run: Run, loader: DataLoader, count: int) -> bool:
             if team.first(budget.is_spent(state.step)):
                 in_time = False
                 break
+            ready = time.monotonic()
     state.trained = in_time
     lines = summary_lines(state, summary_title(args, ABLATION), size_weight, threshold, len(run.memory))
     log("\n".join(lines[:-1]))

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import SmallBuild, SmallRun, rows_of, train_batches, train_on
 from torch import nn
 
+from arc.run.records import RedFlag
 from trainloop_complete_with_fixes import GradientMonitor
 
 
@@ -57,6 +59,23 @@ def test_the_logged_gradient_of_qwen_is_never_zero(
     for value in (*map(float, logged), float(summary[1]), *(row["qwen_grad"] for row in outcome.batches)):
         assert (value > 0) == trains
     assert ("RED FLAG" in outcome.stdout and "FIX #1" in outcome.stdout.partition("RED FLAG")[2]) != trains
+
+
+def test_a_part_of_qwen_that_is_cut_off_is_flagged(small_build: SmallBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm does not show it: what Qwen's layers find is projected by a layer that still trains."""
+    run = small_build("--strict")
+    train_on(run, train_batches(run, 1))
+    layers = run.qwen.backbone.forward
+
+    def cut_off(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return layers(*args, **kwargs)
+
+    monkeypatch.setattr(run.qwen.backbone, "forward", cut_off)
+    with pytest.raises(RedFlag, match=r"^\d+ tensors of Qwen get no gradient, these do not train \(FIX #1\)$"):
+        train_on(run, train_batches(run, 1))
+    last = rows_of(run)[-1]
+    assert last["qwen_grad"] > 0 and last["qwen_missing"] > 5
 
 
 def test_qwen_has_a_named_group_with_its_own_rate(small_build: SmallBuild) -> None:

@@ -85,25 +85,27 @@ def test_a_target_cell_outside_the_predicted_grid_is_wrong(small_build: SmallBui
 
 def test_the_mask_ratio_is_the_share_of_wrong_cells() -> None:
     predicted, target = (torch.from_numpy(grid).long().reshape(1, 9) for grid in (PREDICTED, TARGET))
-    _, ratio = hard_cell_mask(predicted, target, 0.5)
+    _, ratio = hard_cell_mask(predicted, target, torch.tensor([9]), 0.5)
     assert float(ratio) == pytest.approx(2 / 9)
+    _, ratio = hard_cell_mask(predicted, target, torch.tensor([14]), 0.5)  # five cells lie beyond the canvas
+    assert float(ratio) == pytest.approx(7 / 14)
 
 
 CELLS = st.lists(st.tuples(st.integers(-1, 9), st.integers(-1, 9)), min_size=1, max_size=12)
 
 
-@given(CELLS, st.floats(0, 1))
-def test_weights_of_any_cells(cells: list[tuple[int, int]], floor: float) -> None:
+@given(CELLS, st.integers(0, 20), st.floats(0, 1))
+def test_weights_of_any_cells(cells: list[tuple[int, int]], beyond: int, floor: float) -> None:
     predicted, target = torch.tensor(cells).T[:, None]  # (1, L) each
-    weights, ratio = hard_cell_mask(predicted, target, floor)
     wanted = target >= 0
+    weights, ratio = hard_cell_mask(predicted, target, wanted.sum(1) + beyond, floor)
     wrong = wanted & (predicted != target)
     assert weights[~wanted].eq(0).all()  # there is nothing to predict
     assert weights[wrong].eq(1).all()
     right = weights[wanted & ~wrong]
     assert torch.allclose(right, torch.full_like(right, floor if bool(wrong.any()) else 1.0))
     assert bool(weights.sum() > 0) == bool(wanted.any())  # something always pulls, whatever the floor
-    assert float(ratio) == pytest.approx(int(wrong.sum()) / max(1, int(wanted.sum())))
+    assert float(ratio) == pytest.approx((int(wrong.sum()) + beyond) / max(1, int(wanted.sum()) + beyond))
 
 
 def weight(run: Run, example: tuple[AgentOutput, QueryBatch], *, vote_right: bool = False) -> float:

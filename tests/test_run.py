@@ -139,7 +139,7 @@ def test_quiet(finished: Outcome, small_run: SmallRun, tmp_path: Path) -> None:
 
 ROW_OF_A_BATCH = {
     *("step", "epoch", "loss", "reward", "d_acc", "d_size", "d_color", "d_rev", "mask_ratio", "samples_per_s"),
-    *("qwen_grad", "agent_grad", "policy_grad", "skipped_steps", "lr.agent", "lr.qwen", "lr.policy"),
+    *("qwen_grad", "qwen_missing", "agent_grad", "policy_grad", "skipped_steps", "lr.agent", "lr.qwen", "lr.policy"),
     *("efe.risk", "efe.ambiguity", "efe.size", "efe.reversibility", "efe.prompt", "efe.total"),
 }
 ROW_OF_AN_EPOCH = {

@@ -106,11 +106,12 @@ class Records:
         self.log, self.state, self.budget, self.strict, self.log_every = log, state, budget, strict, log_every
         self.raised: set[str] = set()
 
-    def add(self, rows: Sequence[dict[str, Any]], took: float) -> None:
-        """Take in the rows of the batches of an optimizer step. took: seconds a batch."""
+    def add(self, rows: Sequence[dict[str, Any]], took: float, computing: float) -> None:
+        """Take in the rows of the batches of an optimizer step. took: seconds a batch, with the wait for its data, of
+        which the step itself took `computing`."""
         for row in rows:
             self.state.count(row)
-            self.budget.measure(took / max(1, row["cells_processed"]))
+            self.budget.measure(computing / max(1, row["cells_processed"]))
             row |= {"batch": self.state.batch, "samples_per_s": round(row["queries"] / took, 2)}
             self.log.metrics({"step": self.state.step, "epoch": self.state.epoch, **row})
             if row["batch"] % self.log_every == 0:
@@ -130,6 +131,8 @@ class Records:
         """After each optimizer step, for each of its batches."""
         if row["qwen_grad"] == 0.0:
             self.sound("qwen", "Qwen_grad: 0.00e+00, Qwen is not training (FIX #1)")
+        if row["qwen_missing"]:
+            self.sound("missing", f"{row['qwen_missing']} tensors of Qwen get no gradient, these do not train (FIX #1)")
         if row["mask_ratio"] < 1e-3 and row["solved"] < 0.5:
             ratio = f"Mask_ratio: {row['mask_ratio']:.4f}"
             self.sound("mask", f"{ratio} with few queries solved, the mask is broken (FIX #3)")
