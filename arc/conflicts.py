@@ -13,6 +13,7 @@ from arc.optim import problem_with_eight_bit
 from arc.parallel import place
 from arc.qwen import Tune
 from arc.run.files import UserError, cannot_write, cannot_write_file
+from arc.run.folder import is_of_a_run
 from arc.splits import DEV_SPLITS
 
 
@@ -113,22 +114,39 @@ def conflicts(args: Settings) -> list[str]:
 def in_the_way(args: Settings) -> list[str]:
     """What would be written where something else is read or written."""
     read = {name: getattr(args, name) for name in ("data", "unseen", "extra_data", "config")}
-    places = {name: Path(value).resolve() for name, value in read.items() if value and os.path.exists(value)}
-    run = Path(args.output_dir or "runs").resolve()
-    inside = [name for name, place in places.items() if place.is_dir() and (run == place or place in run.parents)]
-    problems = [f"--output_dir: {run} lies in --{name}, where a run's files would be read as tasks" for name in inside]
+    places = {name: _resolved(value) for name, value in read.items() if value and os.path.exists(value)}
+    written = {"output_dir": args.output_dir or "runs"}
+    written |= {name: getattr(args, name) for name in ("backup_dir", "cache_dir", "submission")}
+    targets = {name: _resolved(value) for name, value in written.items() if value is not None}
+    problems = [
+        f"--{name}: {target} lies in --{source}, where it would be read as tasks"
+        for name, target in targets.items()
+        for source, place in places.items()
+        if place.is_dir() and place in (target, *target.parents)
+    ]
+    run = targets["output_dir"]
     if args.backup_dir is not None:
-        backup = Path(args.backup_dir).resolve()
+        backup = targets["backup_dir"]
         if args.output_dir is not None and backup == run.parent:
             problems.append(f"--backup_dir: {args.backup_dir} is the folder that holds the run itself")
         if not os.path.isdir(backup.parent):
             problems.append(f"--backup_dir: {backup.parent} is not there (a drive that is not mounted?)")
     if args.submission is not None:
-        file = Path(args.submission).resolve()
+        file = targets["submission"]
         problems += [f"--submission would replace --{name}" for name, place in places.items() if file == place]
         if args.output_dir is not None and (file == run or file in run.parents):
             problems.append(f"--submission: {args.submission} is the folder of the run, or holds it; name a file")
+        if is_of_a_run(file, run):
+            problems.append(f"--submission: {args.submission} is a file that a run keeps; name another")
     return problems
+
+
+def _resolved(path: str) -> Path:
+    """Without links, as far as they can be followed: one that leads to itself is refused where it is opened."""
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: Python 3.11's word for such a link, and for no home
+        return Path(os.path.abspath(path))
 
 
 def problems_of_all(args: Settings) -> list[str]:

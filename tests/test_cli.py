@@ -122,6 +122,7 @@ def refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         # what would be written where something else is read or written
         (["--submission", "task.json"], ["--submission", "--data"]),
         (["--output_dir", "one", "--submission", "one"], ["--submission", "the folder of the run"]),
+        (["--output_dir", "one", "--submission", "one/config.json"], ["--submission: one/config.json", "a run keeps"]),
         (["--data", "tasks", "--output_dir", "tasks/run"], ["--output_dir", "--data"]),
         (["--output_dir", "one/run", "--backup_dir", "one"], ["--backup_dir", "the run itself"]),
         (["--backup_dir", "no/such"], ["--backup_dir", "not mounted"]),
@@ -248,6 +249,32 @@ def test_models_that_are_not_there(refused: Refused, workplace: Path) -> None:
 def test_folders_that_cannot_be_written(flag: str, folder: str, refused: Refused) -> None:
     line = refused(flag, folder)
     assert flag in line and "a_file" in line
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir", "--backup_dir", "--submission"])
+def test_nothing_is_written_among_the_tasks(flag: str, refused: Refused, workplace: Path) -> None:
+    """There it would be read as a task by the next command, and could replace one."""
+    (workplace / "tasks" / "deep").mkdir(parents=True)
+    for name in ("task.json", "deep/other.json"):
+        (workplace / "tasks" / name).write_text(json.dumps(TASK))
+    for place in ("tasks/new", "tasks/deep/other.json"):
+        assert f"{flag}: " in (line := refused("--data", "tasks", flag, place)) and "lies in --data" in line
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "predictions-seed.json", "step-000000001/manifest.json"])
+def test_a_submission_replaces_nothing_of_a_run(kept: str, refused: Refused, workplace: Path) -> None:
+    (workplace / "other" / "step-000000001").mkdir(parents=True)
+    for name in ("train.log", kept):
+        (workplace / "other" / name).touch()
+    assert f"other/{kept} is a file that a run keeps" in refused("--submission", f"other/{kept}")
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir", "--backup_dir", "--submission"])
+def test_links_that_lead_nowhere(flag: str, refused: Refused, workplace: Path) -> None:
+    (workplace / "round").symlink_to("round")
+    (workplace / "away").symlink_to("not_mounted")
+    for folder in ("round", "round/run", *(["away", "away/run"] if flag != "--submission" else [])):
+        assert f"{flag}: " in refused(flag, folder)
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir", "--backup_dir", "--resume"])

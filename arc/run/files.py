@@ -26,6 +26,8 @@ def cannot_write(folder: Path) -> str | None:
     place = folder.absolute()
     try:
         while not place.exists() and place != place.parent:
+            if place.is_symlink():
+                return f"{place} is a link to what is not there (a drive that is not mounted?)"
             place = place.parent
     except (OSError, ValueError) as error:
         return _unreachable(folder, error)

@@ -23,11 +23,21 @@ class Place(Protocol):
 
 
 RECORDS = ("config.json", "metrics.jsonl", "report.html", "tensorboard", "predictions-*.json", "gallery-*.json")
+LOGS = ("train.log", "metrics-before-resume.jsonl", "LOCK")
 
 
 def holds_a_run(folder: Path) -> bool:
     """Whether there are checkpoints in it."""
     return folder.is_dir() and any([*folder.glob("step-*"), *folder.glob("best-*")])
+
+
+def is_of_a_run(file: Path, run: Path) -> bool:
+    """Whether the file is among those that `run`, or another run whose folder it is in, writes itself: its records, or
+    a part of a checkpoint."""
+    folder = file.parent
+    of_checkpoint = any((parent / "manifest.json").is_file() for parent in (folder, *folder.parents[:2]))
+    recorded = any(file.match(name) for name in (*RECORDS, *LOGS))
+    return of_checkpoint or (recorded and (folder == run or os.path.lexists(folder / "train.log")))
 
 
 def refuse_a_used(folder: Path) -> None:
@@ -135,5 +145,6 @@ def find_run_folder(
     if not args.backup_dir and not holds_a_run(found):
         if which not in ("latest", "best"):
             raise UserError(f"--resume: {which} is not a checkpoint of the run in --output_dir {found}")
-        raise UserError(f"--resume: no checkpoint in {found}")
+        beside = f"; {found.parent} has others, that of the best validation only once one was scored"
+        raise UserError(f"--resume: no checkpoint in {found}{beside if holds_a_run(found.parent) else ''}")
     return found, which
