@@ -87,7 +87,7 @@ def _sorted(files: list[JsonFile]) -> list[JsonFile]:
 
 
 class DiskTree:
-    """A folder on disk. Links to folders are followed where `at` names one, not while walking."""
+    """A folder on disk. Links to folders are followed, to each folder once."""
 
     def __init__(self, root: Path, problems: list[str]) -> None:
         self.root, self._problems = root, problems
@@ -104,10 +104,13 @@ class DiskTree:
     def files(self, at: Place, *, deep: bool) -> list[JsonFile]:
         top, seen = self.root.joinpath(*at), 0
         found: list[JsonFile] = []
-        for where, folders, files in os.walk(top, onerror=self._report):
+        met = {os.path.realpath(top)}
+        for where, folders, files in os.walk(top, onerror=self._report, followlinks=True):
             place = (*at, *Path(where).relative_to(top).parts)
             found += [file_on_disk(Path(where, name), place) for name in files if is_json(name)]
-            folders[:] = [name for name in folders if deep and not is_hidden(name)]
+            real = {name: os.path.realpath(os.path.join(where, name)) for name in sorted(folders) if deep}
+            folders[:] = [name for name, path in real.items() if not is_hidden(name) and path not in met]
+            met.update(real.values())
             seen += len(folders) + len(files)
             if deep and seen > MAX_FILES:
                 self._add(

@@ -280,6 +280,16 @@ def test_a_folder_of_task_files(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("not JSON")
     data = load_dataset(str(tmp_path / "mine"))
     assert (data.name, ids(data.training), data.evaluation) == ("mine", ["a", "b"], ())
+    assert data.notes == (f"{tmp_path / 'mine'}: not looked for tasks in sub",)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for seed, name in enumerate(["mine/one/a", "elsewhere/b", "elsewhere/deep/c"]):
+        write(tmp_path / f"{name}.json", raw_task(seed))
+    (tmp_path / "mine" / "two").symlink_to(tmp_path / "elsewhere")
+    for name in ("again", "deep/up"):  # each folder is looked into once, however many ways lead there
+        (tmp_path / "elsewhere" / name).symlink_to(tmp_path / "elsewhere")
+    assert ids(load_dataset(str(tmp_path / "mine")).training) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("root", ["", "data"])
@@ -290,6 +300,12 @@ def test_a_folder_with_training_and_evaluation(tmp_path: Path, root: str) -> Non
     data = load_dataset(str(tmp_path))
     assert (ids(data.training), ids(data.evaluation)) == (["a", "b"], ["c"])
     assert data.notes == (f"{tmp_path}: 1 .json beside the folders training and evaluation not read",)
+    for name in ("w", "x", "y", "z"):
+        write(tmp_path / root / name / "d.json", raw_task())
+    where = tmp_path, tmp_path / "data"
+    assert load_dataset(str(where[bool(root)])).notes[-1] == (
+        f"{where[bool(root)]}: not looked for tasks in w, x, y and 1 more folders"
+    )
 
 
 def test_the_evaluation_folder_alone_is_the_evaluation_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
