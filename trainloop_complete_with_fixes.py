@@ -10,6 +10,14 @@ queries, L tokens, K prompt vectors of width D.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+# While Python imports, Ctrl-C ends the command as it would end any, without a traceback. A notebook's kernel lives on.
+AS_A_COMMAND = __name__ == "__main__" and "IPython" not in sys.modules
+if AS_A_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import dataclasses
 import functools
@@ -17,8 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -281,7 +287,7 @@ def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
         check_record(checkpoint.state)
         if saved_base(checkpoint.state["extra"]):  # an adapter's base is compared by content: its folder may have moved
             free |= {"qwen"}
-        taken = given - {"qwen"} if args.qwen == "auto" else given
+        taken = given | set(RECIPES.get(args.recipe or "", ())) - ({"qwen"} if args.qwen == "auto" else set())
         own = {"val_limit"} if args.eval_only else set()
         adopt_flags(build_parser(), args, taken, checkpoint.state["extra"].get("flags"), free=free, own=own)
     check_places(args, given)
@@ -579,7 +585,7 @@ def build_run(
         team=team,
         log=log,
         records=Records(log, state, budget, strict=args.strict, log_every=args.log_every),
-        stop=StopSignal(log, patient=not team.alone),
+        stop=StopSignal(log, saving=not args.eval_only, patient=not team.alone),
         budget=budget,
         device=device,
         precision=precision,
@@ -885,7 +891,7 @@ def predict_splits(
             predicted[split.name] = pairs
             assert run.log.folder is not None
             if math.isfinite(deadline):
-                run.log(f"{split.name} split: {views_reached(pairs)} of {run.args.val_views} in the time that was left")
+                run.log(f"{split.name} split: {views_reached(pairs, run.args.val_views)}")
             keep_attempts(run.log.folder, split, pairs, run.log)
             if show:
                 keep_predictions(run.log.folder, split.name, pairs, step=run.state.step, log=run.log)
@@ -1186,6 +1192,8 @@ def evaluate(run: Run) -> int:
 
 
 if __name__ == "__main__":
+    if AS_A_COMMAND and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_code = main()
     if ipython_shell() is None:  # else %run, or this file pasted into a cell: there SystemExit is shown as an error
         sys.exit(exit_code)

@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from conftest import Outcome, SmallRun
 from helpers import (
     FAST,
+    SCRIPT,
     Tripwire,
     differences,
     differences_of_runs,
@@ -29,6 +32,7 @@ from helpers import (
 )
 
 import trainloop_complete_with_fixes as trainloop
+from arc.run.files import UserError
 from arc.run.runlog import RunLog
 from model_persistence import ModelPersistence
 from trainloop_complete_with_fixes import main
@@ -197,6 +201,18 @@ def test_a_second_interruption_leaves_at_once(
     assert multiprocessing.active_children() == []
     assert small_run(tmp_path / "run", *FLAGS, "--resume").code == 0
     assert_same_run(tmp_path / "run", uninterrupted.folder)
+
+
+def test_ctrl_c_while_python_imports(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """For some seconds on a cold machine: it ends, and without a traceback."""
+    flags = [*small_flags, "--output_dir", str(tmp_path / "run")]
+    python = [sys.executable, "-X", "importtime", str(SCRIPT), *flags]  # says on stderr what has been imported
+    with subprocess.Popen(python, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.rstrip().endswith(" typing_extensions"))  # torch's
+        process.send_signal(signal.SIGINT)
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+        assert process.wait() == -signal.SIGINT and rest == []
 
 
 def test_an_interruption_while_the_run_is_built(small_flags: tuple[str, ...], data_dir: Path, tmp_path: Path) -> None:
@@ -416,6 +432,13 @@ def test_flags_that_change_the_maths_are_refused_by_name(
     assert_same_run(interrupted, uninterrupted.folder)
 
 
+def test_a_recipe_is_no_way_to_change_the_maths(interrupted: Path, small_run: SmallRun) -> None:
+    refused = small_run(interrupted, *FLAGS, "--resume", "--recipe", "gpu")
+    assert refused.code == 2 and refused.stderr.startswith("error: --resume: cannot change ")
+    for name in ("adapt True", "ema 0.999", "task_latent True"):
+        assert f"--{name} " in refused.stderr
+
+
 def test_other_data_are_refused(
     data_dir: Path, small_run: SmallRun, small_flags: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -537,6 +560,23 @@ def test_rows_cut_off_by_resuming_from_an_older_checkpoint_come_back_with_the_ne
     assert metrics_file(tmp_path, 5) == [1, 2, 3, 4, 5]
     assert metrics_file(tmp_path, 8) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert metrics_file(tmp_path, 9) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    # The same, killed after some batches: what they wrote is of a way that was not saved.
+    assert metrics_file(tmp_path, 5) == [1, 2, 3, 4, 5]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60}\n{"step": 70}\n')
+    assert metrics_file(tmp_path, 9) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_rows_that_cannot_be_cut_off_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunLog(quiet=True).open(tmp_path, rows=0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("arc.run.runlog.replace_file", full)
+    with pytest.raises(UserError, match=r"^--output_dir: cannot write .*metrics\.jsonl: No space left on device$"):
+        RunLog(quiet=True).open(tmp_path, rows=1)
 
 
 def test_rows_that_are_lost_are_not_counted(tmp_path: Path) -> None:

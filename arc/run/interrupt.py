@@ -20,8 +20,8 @@ class StopSignal:
     a second one ends at once (KeyboardInterrupt), unless this is one process of several (`patient`): these save
     together, and whoever started them ends them if that takes too long."""
 
-    def __init__(self, log: Callable[[str], None], *, patient: bool = False) -> None:
-        self.log, self.number, self.patient = log, 0, patient
+    def __init__(self, log: Callable[[str], None], *, saving: bool = True, patient: bool = False) -> None:
+        self.log, self.number, self.saving, self.patient = log, 0, saving, patient
 
     def check(self, agreed: Callable[[int], int] = int) -> None:
         """Raise `Interrupted` if a signal has arrived. agreed: of this process's signal, 0 for none, makes the one that
@@ -47,4 +47,5 @@ class StopSignal:
         if self.number and not self.patient:
             raise KeyboardInterrupt
         self.number = number
-        self.log(f"{signal.Signals(number).name}: saving and leaving after this step (again to leave at once)")
+        what = "saving and leaving after this step" if self.saving else "leaving after this batch"
+        self.log(f"{signal.Signals(number).name}: {what} (again to leave at once)")

@@ -146,14 +146,16 @@ class RunLog:
         path, former = self.folder / "metrics.jsonl", self.folder / "metrics-before-resume.jsonl"
         content, saved = map(_content, (path, former))
         lines, before = _whole_lines(content), _whole_lines(saved)
-        if rows is not None and len(lines) < rows <= len(before) and before[: len(lines)] == lines:
-            kept = before[:rows]
-        else:
-            kept = lines[:rows]
-        if len(kept) < len(lines) > len(before):
-            replace_file(former, b"".join(lines))
-        if b"".join(kept) != content:
-            replace_file(path, b"".join(kept))
+        # The checkpoint was saved when there were more rows than now, so before they were cut off. Rows since then, of
+        # a way that was left without being saved, go.
+        kept = before[:rows] if rows is not None and len(lines) < rows <= len(before) else lines[:rows]
+        try:
+            if len(kept) < len(lines) > len(before):
+                replace_file(former, b"".join(lines))
+            if b"".join(kept) != content:
+                replace_file(path, b"".join(kept))
+        except OSError as problem:
+            raise UserError(f"--output_dir: cannot write {path}: {problem.strerror or problem}") from problem
         return kept
 
 
