@@ -74,10 +74,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _cannot_list(run: Path) -> str | None:
-    """Why the folder given as RUN is none of a run, as far as its names tell, or None."""
+def _cannot_list(run: Path, *, export: bool) -> str | None:
+    """Why the folder given as RUN is none of a run, as far as its names tell, or None; a checkpoint's will do to
+    export it."""
     try:
-        if MANIFEST in os.listdir(run):
+        if MANIFEST in os.listdir(run) and not export:
             return f"{run} is a checkpoint: give the folder of its run, {run.absolute().parent}"
     except (FileNotFoundError, NotADirectoryError):
         return f"{run} is not a folder"
@@ -90,7 +91,7 @@ def _folder(text: str) -> Path:
     """An argparse type. Not empty, as a shell makes it of a variable that is not set: that would be this folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} names nothing")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def _print_inspection(infos: Sequence[CheckpointInfo]) -> None:
@@ -129,17 +130,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in (
         ("inspect", "list checkpoints with step, size, metrics and verification result"),
         ("verify", "read every byte of every checkpoint; exit code 1 if one fails"),
-        ("export", "write the weights of the best model to a new folder DEST"),
+        ("export", "write the weights of the best model, or of one checkpoint, to a new folder DEST"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run", metavar="RUN", type=_folder, help="run folder, of runs/ or of a backup")
+        command.add_argument(
+            "run", metavar="RUN", type=_folder, help="run folder, of runs/ or of a backup; export: or a checkpoint's"
+        )
         if name == "export":
             command.add_argument("dest", metavar="DEST", type=_folder, help="folder to create")
             command.add_argument(
                 "--base", metavar="DIR", type=_folder, help="of a LoRA run: where its base model is now"
             )
     args = parser.parse_args(argv)
-    if problem := _cannot_list(args.run):
+    if problem := _cannot_list(args.run, export=args.command == "export"):
         print(problem, file=sys.stderr)
         return 2
     try:

@@ -43,6 +43,7 @@ from arc.qwen_source import (
     INPUTS,
     OUTPUTS,
     embedding_of,
+    faults_of_the_disk,
     layers_of,
     load_backbone,
     load_tokenizer,
@@ -311,10 +312,14 @@ class QwenPrompt(nn.Module):
         Beside a safetensors file of `self.backbone.state_dict()` (with an adapter: of the merged weights) they make a
         folder that AutoModel and AutoTokenizer read.
         """
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            self.backbone.config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        try:
+            with quiet(), faults_of_the_disk(), tempfile.TemporaryDirectory() as folder:
+                self.backbone.config.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+                return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise UserError(f"cannot write to {place} ({error.strerror}); TMPDIR names another folder") from error
 
 
 def build_qwen(

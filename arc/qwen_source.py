@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from arc.run.files import UserError, printable, read_json
+from arc.run.files import UserError, describe, printable, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -238,8 +238,9 @@ def _shards(folder: Path) -> list[str]:
         names = list(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(_one_line(error)) from error
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("its weight_map names files that are no strings")
+    for name in names:  # another folder's files are not the model's, and others than safetensors may be pickled
+        if not isinstance(name, str) or not re.fullmatch(r"[^./\\][^/\\]*\.safetensors", name):
+            raise ValueError(f"its weight_map names {describe(name)}, which is no .safetensors file beside it")
     return sorted(set(names))
 
 
@@ -258,16 +259,28 @@ def load_backbone(source: Source) -> PreTrainedModel:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
             )
     except Exception as error:  # damaged files and foreign configurations fail in many ways
         raise UserError(f"--qwen {source.name}: the model cannot be loaded ({_one_line(error)})") from error
+    if wrong := sorted(info["mismatched_keys"]):
+        name, stored, wanted = wrong[0]
+        raise UserError(
+            f"--qwen {source.name}: {len(wrong)} weights have other shapes than its config.json says, {name} for one: "
+            f"{list(stored)}, not {list(wanted)}"
+        )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"--qwen {source.name}: {len(missing)} weights are missing, {missing[0]} for one")
     model = getattr(model, "language_model", model)
     model.config.return_dict = True  # whatever whoever saved it wanted
     if bad := [name for name, weight in model.state_dict().items() if not bool(torch.isfinite(weight).all())]:
         raise UserError(f"--qwen {source.name}: {bad[0]} holds numbers that are not finite; the model is damaged")
-    return model
+    try:  # some configurations are refused only when they are computed with
+        with torch.no_grad(), seeded(0):
+            model.train()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except Exception as error:
+        raise UserError(f"--qwen {source.name}: the model cannot be computed with ({_one_line(error)})") from error
+    return model.eval()
 
 
 def layers_of(backbone: PreTrainedModel) -> list[nn.Module]:
@@ -330,6 +343,18 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def faults_of_the_disk() -> Iterator[None]:
+    """What safetensors and tokenizers raise where a file cannot be written, as an OSError: neither of theirs is one,
+    and that of tokenizers is a bare Exception."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random numbers of `seed` inside, torch's state as before afterwards. Only the CPU's, where models are built:
     torch.manual_seed would reseed every GPU as well."""
@@ -339,8 +364,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    """Type and first line of an error, short enough to stand inside a message."""
-    text = next(iter(str(error).strip().splitlines()), "")
+    """Type and text of an error, short enough to stand inside a message."""
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {textwrap.shorten(text, 200, placeholder=' ...')}".removesuffix(": ")
 
 
@@ -365,7 +390,7 @@ def _tiny_folder(cache_dir: Path, seed: int) -> Path:
                 with contextlib.suppress(OSError):  # another process was faster, which the check below settles
                     fresh.rename(target)
     except OSError as error:
-        raise UserError(f"--qwen tiny: cannot write to {cache_dir} ({_one_line(error)})") from error
+        raise UserError(f"--qwen tiny: cannot write to {cache_dir} ({error.strerror or _one_line(error)})") from error
     if not _is_intact(target):
         raise UserError(f"--qwen tiny: {target} is damaged and cannot be replaced; remove it")
     return target
@@ -388,7 +413,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
 def _write_tiny(folder: Path, seed: int) -> None:
     """Write the tiny model, its tokenizer and the digests of all files into the new `folder`."""
     vocabulary = _tiny_vocabulary()
-    with quiet():
+    with quiet(), faults_of_the_disk():
         _tiny_tokenizer(vocabulary).save_pretrained(str(folder))
         _tiny_model(vocabulary, seed).save_pretrained(str(folder))
     (folder / _DIGESTS).write_text(json.dumps(_file_digests(folder)), encoding="utf-8")

@@ -34,6 +34,32 @@ from model_persistence import ModelPersistence, find_newest_run
 from trainloop_complete_with_fixes import main, parse_arguments, training_data
 
 # --------------------------------------------------------------------------------------------------------------------
+# places that are full before anything is written there
+# --------------------------------------------------------------------------------------------------------------------
+
+
+# The tokenizer does not fit, the model does not, the texts of an export do not.
+@pytest.mark.parametrize(("what", "kibibytes"), [("--cache_dir", 1), ("--cache_dir", 100), ("TMPDIR", 1)])
+def test_no_room_for_what_is_made_first(
+    what: str, kibibytes: int, small_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Neither safetensors nor tokenizers raise an OSError then."""
+    small, flags = tmp_path / "small", [*small_flags, "--output_dir", str(tmp_path / "run")]
+    small.mkdir()
+    flags += ["--cache_dir", str(small)] if what == "--cache_dir" else []
+    outcome = subprocess.run(
+        ["bash", "-c", f"ulimit -f {kibibytes}; exec {shlex.join([sys.executable, str(SCRIPT), *flags])}"],
+        env={**os.environ, "TMPDIR": str(small)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1
+    assert f"cannot write to {small} (" in outcome.stderr and os.strerror(errno.EFBIG) in outcome.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # records that cannot be written
 # --------------------------------------------------------------------------------------------------------------------
 

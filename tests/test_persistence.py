@@ -1036,14 +1036,24 @@ def test_an_export_keeps_the_names_of_the_models(run: Path, tmp_path: Path) -> N
     assert found.keys() == {"w.Weight"} and torch.equal(found["w.Weight"], torch.arange(3.0))
 
 
+def test_one_checkpoint_is_exported(run: Path) -> None:
+    """By its folder: the best by another metric, say."""
+    fill(run, 2)
+    for step in (1, 2):
+        assert main(["export", str(run / f"step-{step:09d}"), str(run.parent / str(step))]) == 0
+    one, two = (load_file(run.parent / name / "agent" / "model.safetensors") for name in ("1", "2"))
+    assert one.keys() == two.keys() and any(not torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify", "export"])
 def test_what_is_no_folder_of_a_run_is_named(command: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A checkpoint of a run, and what a shell makes of a variable that is not set."""
     fill(run, 1)
     dest = [str(run.parent / "out")] if command == "export" else []
-    assert main([command, str(run / "step-000000001"), *dest]) == 2
-    err = capsys.readouterr().err
-    assert err == f"{run}/step-000000001 is a checkpoint: give the folder of its run, {run}\n"
+    if command != "export":
+        assert main([command, str(run / "step-000000001"), *dest]) == 2
+        err = capsys.readouterr().err
+        assert err == f"{run}/step-000000001 is a checkpoint: give the folder of its run, {run}\n"
     with pytest.raises(SystemExit) as end:
         main([command, "", *dest])
     assert end.value.code == 2 and "names nothing" in capsys.readouterr().err

@@ -541,13 +541,34 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "mixture": (lambda f: rewrite_json(f / "config.json", model_type="qwen3_moe"), "'qwen3_moe'"),
     "quantised": (lambda f: rewrite_json(f / "config.json", quantization_config={"quant_method": "awq"}), "quantised"),
     "impossible shape": (lambda f: rewrite_json(f / "config.json", hidden_size=-1), "cannot be loaded"),
-    "wrong shape": (lambda f: rewrite_json(f / "config.json", intermediate_size=64), "cannot be loaded"),
+    "wrong shape": (
+        lambda f: rewrite_json(f / "config.json", intermediate_size=64),
+        "other shapes than its config.json says, layers.0.mlp",
+    ),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter"),
     "adapter alone": (adapter_alone, "Qwen/Qwen3-0.6B"),
     "a pipe": (lambda f: os.mkfifo(f / "added_tokens.json"), "added_tokens.json is not a regular file"),
     "index of no strings": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5, "b": ["x"]}}'),
-        "no strings",
+        "names 5, which is no .safetensors file",
+    ),
+    "an index of pickled weights": (
+        lambda f: (
+            (f / "model.safetensors").rename(f / "pytorch_model.bin")
+            and (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+        ),
+        "names 'pytorch_model.bin', which is no .safetensors file",
+    ),
+    "an index of files elsewhere": (
+        lambda f: (
+            (f / "model.safetensors").rename(f.parent / "other.safetensors")
+            and (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+        ),
+        "names '../other.safetensors', which is no .safetensors file",
+    ),
+    "refused when it is computed with": (
+        lambda f: rewrite_json(f / "config.json", attention_dropout=1.5),
+        "cannot be computed with",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "pickled weights": (pickle_only, "pickled"),

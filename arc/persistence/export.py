@@ -14,7 +14,7 @@ import torch
 
 from arc.persistence.files import image_of, read_safetensors, removed_on_error, stream, write_file
 from arc.persistence.manifest import Checkpoint, check_spec
-from arc.persistence.names import Corrupt, PersistenceError
+from arc.persistence.names import MANIFEST, Corrupt, PersistenceError
 from arc.persistence.say import say
 from arc.persistence.store import ModelPersistence
 
@@ -25,7 +25,8 @@ def export_best(
     log: Callable[[str], None] = say,
     base: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes the weights of the best model (else the latest) of `run` for other programs into the new folder `dest`.
+    """Writes the weights of the best model (else the latest) of `run`, or of the checkpoint that `run` is the folder
+    of, for other programs into the new folder `dest`.
 
     Each entry of state["model"] becomes `dest/<entry>/model.safetensors`: its tensors, nested keys joined by ".", ties
     written out, and the frozen tensors named "<entry>/…" (an entry may be frozen altogether). Where
@@ -43,8 +44,10 @@ def export_best(
             raise ValueError(f"{target} exists: give a new folder")
     except OSError as error:  # too long a name, or below a folder where nobody may look
         raise ValueError(f"{str(target)[:60]!r}: {error.strerror or error}") from error
-    with ModelPersistence(run, read_only=True, log=log) as persistence:
-        checkpoint = persistence.load("best")
+    place = Path(run).absolute()
+    is_checkpoint = (place / MANIFEST).is_file()
+    with ModelPersistence(place.parent if is_checkpoint else place, read_only=True, log=log) as persistence:
+        checkpoint = persistence.load(str(place) if is_checkpoint else "best")
     tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
     try:
         with _usable(checkpoint.path.name), removed_on_error(tmp):
@@ -139,7 +142,7 @@ def _merged(
     for file, spec in base["files"].items():
         try:
             # Resolved: in the cache of the Hugging Face hub the files are symbolic links.
-            stored = read_safetensors((where / _safe_name(file)).resolve(), check_spec(spec))
+            stored = read_safetensors((where / _plain_name(file)).resolve(), check_spec(spec))
         except (Corrupt, OSError) as error:
             revision = f" (revision {base['revision']})" if base["revision"] else ""
             raise PersistenceError(
@@ -153,6 +156,13 @@ def _merged(
         if is_down:
             merged[f"{layer}.weight"] += (adapter[f"{layer}.lora_B.weight"] @ down) * recipe["scale"]
     return merged
+
+
+def _plain_name(name: Any) -> str:
+    """The name of a file in the folder of an adapter's base, whatever people call their downloads."""
+    if type(name) is not str or not re.fullmatch(r"[^./\\\0][^/\\\0]{0,250}", name):
+        raise PersistenceError(f"{str(name)[:80]!r} can't be a file of the adapter's base")
+    return name
 
 
 def _safe_name(name: Any) -> str:
