@@ -67,6 +67,7 @@ class PairPrediction:
     evidence: bool = True  # whether the evidence says anything: a vote that nobody cast is blank, and no answer
     dissent: Grid | None = None  # the evidence's best other answer (`QueryEvidence.dissent`)
     trusted: bool = False  # see `BatchPrediction`
+    reached: bool = True  # before the time was up; else the test input stands for an answer
 
     def agent(self, *, refined: bool = True) -> list[Grid]:
         """The views' answers, the one with most votes first; a sure view counts up to half as much again."""
@@ -181,7 +182,9 @@ def answers_in_time(
                 found[position, number] = evidence_answer(tasks[position], number, store)
     for position, task in enumerate(tasks):
         for number, pair in enumerate(task.test):
-            found.setdefault((position, number), PairPrediction(task, number, pair.input, evidence=False))
+            found.setdefault(
+                (position, number), PairPrediction(task, number, pair.input, evidence=False, reached=False)
+            )
     return found
 
 
@@ -195,11 +198,14 @@ def until(items: Iterable[T], deadline: float) -> Iterator[T]:
             return
 
 
-def views_reached(pairs: Sequence[PairPrediction]) -> str:
-    """How many views the pairs got, for people: "3 views each" or "1 to 2 views each"."""
+def views_reached(pairs: Sequence[PairPrediction], views: int) -> str:
+    """How many of `views` views the pairs got in the time that was left, and how many got no answer, for people."""
     counts = [len(pair.after) for pair in pairs] or [0]
     least, most = min(counts), max(counts)
-    return f"{most} views each" if least == most else f"{least} to {most} views each"
+    found = f"{most if least == most else f'{least} to {most}'} views each of {views} in the time that was left"
+    if passed := sum(not pair.reached for pair in pairs):
+        found += f"; for {passed} of {len(pairs)} test inputs there was none, they stand for their own answers"
+    return found
 
 
 def collect(

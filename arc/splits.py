@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from arc.datasets import BUILT_IN_SETS, load_dataset
-from arc.generate import GENERATED, UNSEEN_FAMILY, UNSEEN_TASK, generated_dataset
+from arc.generate import GENERATED, UNSEEN_FAMILY, UNSEEN_TASK, generated_dataset, origin
 from arc.run.files import UserError
 from arc.run.flags import comma_separated
 from arc.tasks import DataSet, Pair, Task, drop_duplicates, twins_of
@@ -311,9 +311,14 @@ def choose_tasks(args: Choice, trained_on: Mapping[str, Any] | None, log: Callab
         log(note)
     if args.eval_only and trained_on and (args.submission or trained_on["data"] != data.fingerprint):
         training: tuple[Task, ...] = ()
+        if args.data == GENERATED:
+            data = of_families(data, args.families)
         splits = splits_by_content(all_tasks(data), trained_on["inputs"])
     else:
         training, splits = split_tasks(args, data, log)
+        looked_at = args.adapt or args.extra_data or {"unseen", "adapted"} & set(args.val_splits)
+        if args.unseen not in (*BUILT_IN_SETS, GENERATED) and not looked_at:
+            log(f"--unseen {args.unseen} is not looked at: --val_splits seed,unseen scores it")
         if args.eval_only and trained_on:
             splits = not_known(splits, trained_on["inputs"], log)
     extra = () if args.eval_only or args.extra_data is None else held_apart(args, load_extra(args), splits, log)
@@ -452,6 +457,12 @@ def chosen_splits(args: Choice, splits: Mapping[str, Split], log: Callable[[str]
         if not split.tasks:
             log(f"{split.name.capitalize()} split: there is no task in it")
     return chosen
+
+
+def of_families(data: DataSet, families: Collection[str]) -> DataSet:
+    """The generated tasks of these families: what is held back for a training has others too."""
+    kept = [task for task in data.evaluation if (found := origin(task.id)) is not None and found[0] in families]
+    return DataSet.of(data.name, data.training, kept)
 
 
 def all_tasks(data: DataSet) -> list[Task]:

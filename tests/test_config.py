@@ -63,6 +63,7 @@ def test_values_come_from_the_file_and_the_command_line_wins(file: Path) -> None
     assert (args.ablate, args.val_splits, args.qwen_lr, args.resume) == ((1, 3), ("seed", "unseen"), None, None)
     assert type(args.agent_lr) is float
     assert given_by(file, {"ablate": "1,3", "val_splits": "unseen"}).val_splits == ("unseen",)
+    assert given_by(file, {"optim": "adamw8bit", "qwen_tune": "frozen"}).optim_qwen == "adamw8bit"  # another name of it
     assert vars(given_by(file, {})) == {**vars(parse_arguments([])[0]), "config": str(file)}
 
 
@@ -80,6 +81,7 @@ def test_every_flag_may_stand_in_the_file(file: Path) -> None:
         ({"--epochs": 3}, ["'--epochs'", "no such flag"]),
         ({"config": "other.json"}, ["'config'", "no such flag"]),
         ({"help": True}, ["'help'"]),
+        ({"optim": "adamw", "optim_qwen": "adamw"}, ["'optim'", "no such flag"]),
         ({"epochs": "3"}, ["'epochs'", '"3"', "whole number"]),
         ({"epochs": 3.5}, ["'epochs'", "3.5", "whole number"]),
         ({"epochs": True}, ["'epochs'", "true", "whole number"]),

@@ -4,6 +4,7 @@ and that nothing a validation asks is ever among it."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -282,6 +283,7 @@ def test_a_trained_model_is_scored_on_other_drawn_tasks(small_run: SmallRun, tmp
     done = small_run(tmp_path / "run", "--eval_only", "--resume", *other, "--seed", "3")
     assert done.code == 0, done.stderr
     assert "new tasks (told by their inputs, none of them was trained on)" in done.stdout
+    assert re.search(r"\n\[Epoch 0\]   by family: outline \d\.\d\d\n", done.stdout)  # and none that was not asked for
     assert small_run(tmp_path / "run", "--resume", *other).code == 2  # else it would change the maths
 
 

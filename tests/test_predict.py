@@ -15,7 +15,7 @@ from arc.augment import evaluation_views
 from arc.batches import PredictionBatch, PredictionData, QueryBatch
 from arc.evaluate import exact
 from arc.evidence import NUM_RULES, NUM_TABLES, SURE, QueryEvidence
-from arc.predict import BatchPrediction, PairPrediction, predict_tasks, prediction_cost
+from arc.predict import BatchPrediction, PairPrediction, predict_tasks, prediction_cost, views_reached
 from arc.run.budget import CHOICE_VIEWS, FEEDBACK_VIEWS
 from arc.run.interrupt import Interrupted
 from arc.tasks import Grid, Pair, Task
@@ -50,6 +50,15 @@ def pair(**changes: object) -> PairPrediction:
 )
 def test_attempts(changes: dict, wanted: tuple[Grid, Grid]) -> None:
     assert [attempt[0, 0] for attempt in pair(**changes).attempts()] == [grid[0, 0] for grid in wanted]
+
+
+def test_what_was_not_reached_is_said() -> None:
+    pairs = [pair(), pair(after=[]), pair(after=[], reached=False)]
+    assert views_reached(pairs[:1], 4) == "3 views each of 4 in the time that was left"
+    assert views_reached(pairs, 4) == (
+        "0 to 3 views each of 4 in the time that was left; for 1 of 3 test inputs there was none, they stand for their "
+        "own answers"
+    )
 
 
 def test_attempts_before_refinement_and_without_the_agent() -> None:

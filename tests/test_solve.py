@@ -187,6 +187,13 @@ def test_known_tasks_are_told_by_content(evaluate: Evaluate, trained: Outcome, d
     assert "val.pass1" not in outcome.epochs[-1]  # those are the run's own
 
 
+def test_an_unseen_set_that_nothing_scores_is_said(small_run: SmallRun, data_dir: Path, tmp_path: Path) -> None:
+    flags = ("--max_batches", "1", "--val_limit", "1", "--unseen", str(data_dir))
+    said = f"--unseen {data_dir} is not looked at: --val_splits seed,unseen scores it\n"
+    assert said in small_run(tmp_path / "one", *flags).stdout
+    assert said not in small_run(tmp_path / "two", *flags, "--val_splits", "seed,unseen").stdout
+
+
 def test_splits_by_content(data_dir: Path) -> None:
     training = load_dataset(str(data_dir)).training
     inputs = input_digests(training)

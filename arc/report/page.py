@@ -244,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(encodable(str(write_report(folder)), sys.stdout))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        reason = f"cannot write {folder}: {error.strerror or error}" if isinstance(error, OSError) else error
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)

@@ -259,14 +259,16 @@ def read_config(parser: Arguments, file: Path, *, resuming: bool) -> dict[str, A
         left_out = OF_ANOTHER_COMMAND if resuming else OF_ANOTHER_COMMAND | {"output_dir"}
         content = {name: value for name, value in content.items() if name not in left_out}
     actions = {name: action for name, action in parser.actions.items() if name not in OF_THE_PARSER}
+    also = {option.lstrip("-"): name for name, action in actions.items() for option in action.option_strings}
     values = {}
-    for name, value in content.items():
+    for written, value in content.items():
+        name = also.get(written, written)
         try:
-            if name not in actions:
+            if name not in actions or (name != written and name in content):
                 raise ValueError("there is no such flag")
             values[name] = flag_value(parser, actions[name], value)
         except ValueError as problem:
-            parser.problems.append(f"--config {file}: {name[:80]!r}: {problem}")
+            parser.problems.append(f"--config {file}: {written[:80]!r}: {problem}")
     return values
 
 
