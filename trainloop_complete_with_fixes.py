@@ -287,7 +287,7 @@ def take_flags(args: Flags, given: set[str], checkpoint: Checkpoint) -> None:
         check_record(checkpoint.state)
         if saved_base(checkpoint.state["extra"]):  # an adapter's base is compared by content: its folder may have moved
             free |= {"qwen"}
-        taken = given | set(RECIPES.get(args.recipe or "", ())) - ({"qwen"} if args.qwen == "auto" else set())
+        taken = given.union(RECIPES.get(args.recipe or "", ())) - ({"qwen"} if args.qwen == "auto" else set())
         own = {"val_limit"} if args.eval_only else set()
         adopt_flags(build_parser(), args, taken, checkpoint.state["extra"].get("flags"), free=free, own=own)
     check_places(args, given)

@@ -432,6 +432,12 @@ def test_flags_that_change_the_maths_are_refused_by_name(
     assert_same_run(interrupted, uninterrupted.folder)
 
 
+@pytest.mark.parametrize("flags", [(), ("--recipe", "gpu")])
+def test_auto_is_the_checkpoints_qwen(flags: tuple[str, ...], interrupted: Path, small_run: SmallRun) -> None:
+    outcome = small_run(interrupted, *FLAGS, "--resume", "--qwen", "auto", *flags)
+    assert outcome.code == (2 if flags else 0) and "--qwen" not in outcome.stderr
+
+
 def test_a_recipe_is_no_way_to_change_the_maths(interrupted: Path, small_run: SmallRun) -> None:
     refused = small_run(interrupted, *FLAGS, "--resume", "--recipe", "gpu")
     assert refused.code == 2 and refused.stderr.startswith("error: --resume: cannot change ")
