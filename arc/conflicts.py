@@ -144,8 +144,8 @@ def in_the_way(args: Settings) -> list[str]:
 def _resolved(path: str) -> Path:
     """Without links, as far as they can be followed: one that leads to itself is refused where it is opened."""
     try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError):  # RuntimeError: Python 3.11's word for such a link, and for no home
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: Python 3.11's word for such a link
         return Path(os.path.abspath(path))
 
 

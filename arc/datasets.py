@@ -133,18 +133,19 @@ class _Loader:
             if only[0].lower() in (*PARTS, "data"):
                 break
             at = (*at, *only)
-        places = [at, *((*at, name) for name in tree.folders(at) if name.lower() == "data")]
+        here, folders = root.joinpath(*at), tree.folders(at)
+        places = [at, *((*at, name) for name in folders if name.lower() == "data")]
         split = [(*place, name) for place in places for name in tree.folders(place) if name.lower() in PARTS]
         split = [place for place in split if len(place) == min(map(len, split))]  # `data/` only where there is no other
         for place in sorted(split, key=lambda place: PARTS.index(place[-1].lower())):
             self.add_files(tree.files(place, deep=True), place[-1].lower())
-        read = {place[len(at)] for place in split}
         if split and files:
             names = " and ".join(dict.fromkeys(part for part in PARTS if part in {p[-1].lower() for p in split}))
-            self.notes.append(f"{root.joinpath(*at)}: {len(files)} .json beside the folders {names} not read")
-        if (split or files) and (others := [name for name in tree.folders(at) if name not in read]):
+            self.notes.append(f"{here}: {len(files)} .json beside the folders {names} not read")
+        others = [name for name in folders if name not in {place[len(at)] for place in split}]
+        if (split or files) and others:
             more = f" and {len(others) - 3} more folders" if len(others) > 3 else ""
-            self.notes.append(f"{root.joinpath(*at)}: not looked for tasks in {', '.join(others[:3])}{more}")
+            self.notes.append(f"{here}: not looked for tasks in {', '.join(others[:3])}{more}")
         if not split:
             base = os.path.basename(os.path.abspath(root)).lower()
             self.add_files(files or tree.files(at, deep=True), "evaluation" if base == "evaluation" else None)

@@ -202,7 +202,8 @@ def views_reached(pairs: Sequence[PairPrediction], views: int) -> str:
     """How many of `views` views the pairs got in the time that was left, and how many got no answer, for people."""
     counts = [len(pair.after) for pair in pairs] or [0]
     least, most = min(counts), max(counts)
-    found = f"{most if least == most else f'{least} to {most}'} views each of {views} in the time that was left"
+    each = str(most) if least == most else f"{least} to {most}"
+    found = f"{each} views each of {views} in the time that was left"
     if passed := sum(not pair.reached for pair in pairs):
         found += f"; for {passed} of {len(pairs)} test inputs there was none, they stand for their own answers"
     return found

@@ -142,7 +142,7 @@ def _merged(
     for file, spec in base["files"].items():
         try:
             # Resolved: in the cache of the Hugging Face hub the files are symbolic links.
-            stored = read_safetensors((where / _plain_name(file)).resolve(), check_spec(spec))
+            stored = read_safetensors((where / _safe_name(file, _OF_A_BASE)).resolve(), check_spec(spec))
         except (Corrupt, OSError) as error:
             revision = f" (revision {base['revision']})" if base["revision"] else ""
             raise PersistenceError(
@@ -158,14 +158,13 @@ def _merged(
     return merged
 
 
-def _plain_name(name: Any) -> str:
-    """The name of a file in the folder of an adapter's base, whatever people call their downloads."""
-    if type(name) is not str or not re.fullmatch(r"[^./\\\0][^/\\\0]{0,250}", name):
-        raise PersistenceError(f"{str(name)[:80]!r} can't be a file of the adapter's base")
-    return name
+# What a name may be, and what it is then: ours are plain; a base's are whatever people call their downloads.
+_OURS = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", "the name of an exported file"
+_OF_A_BASE = r"[^./\\\0][^/\\\0]{0,250}", "a file of the adapter's base"
 
 
-def _safe_name(name: Any) -> str:
-    if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
-        raise PersistenceError(f"{str(name)[:80]!r} can't be the name of an exported file")
+def _safe_name(name: Any, kind: tuple[str, str] = _OURS) -> str:
+    allowed, use = kind
+    if type(name) is not str or not re.fullmatch(allowed, name):
+        raise PersistenceError(f"{str(name)[:80]!r} can't be {use}")
     return name

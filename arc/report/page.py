@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(encodable(str(write_report(folder)), sys.stdout))
     except (ValueError, OSError) as error:
-        reason = f"cannot write {folder}: {error.strerror or error}" if isinstance(error, OSError) else error
+        reason = f"{folder}: report.html not written: {error}" if isinstance(error, OSError) else error
         print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

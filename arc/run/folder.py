@@ -145,6 +145,7 @@ def find_run_folder(
     if not args.backup_dir and not holds_a_run(found):
         if which not in ("latest", "best"):
             raise UserError(f"--resume: {which} is not a checkpoint of the run in --output_dir {found}")
-        beside = f"; {found.parent} has others, that of the best validation only once one was scored"
-        raise UserError(f"--resume: no checkpoint in {found}{beside if holds_a_run(found.parent) else ''}")
+        of_a_run = holds_a_run(found.parent)
+        hint = f"; {found.parent} has others, that of the best validation only once one was scored" if of_a_run else ""
+        raise UserError(f"--resume: no checkpoint in {found}{hint}")
     return found, which
